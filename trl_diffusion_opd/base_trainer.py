@@ -1,0 +1,357 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every trainer of a LoRA diffusion student shares: base, student, tasks, rollouts, evaluation, images, logs."""
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from datasets import Dataset
+from diffusers import StableDiffusion3Pipeline
+from peft import LoraConfig
+from torch import nn
+from transformers import TrainerCallback, set_seed
+from transformers.trainer_utils import speed_metrics
+
+from .callbacks import CurvesCallback, EMACallback, ImageGridCallback
+from .config import DiffusionOPDConfig
+from .data import RoundSampler, TaskBatch, task_datasets
+from .denoising import DenoisingStep, denoise, make_schedule
+from .ema import StudentEMA
+from .evaluation import RewardFunc, normalize_reward_funcs, score_policy
+from .loading import STUDENT, add_student, load_pipeline
+from .plan import check_disk
+from .prompts import PromptEncoder
+from .teachers import base_only, use_adapter
+from .upstream import LoraTrainer
+from .velocity import Conditioning, VelocityModel
+
+
+@dataclass
+class Policy:
+    """
+    A model that can be rolled out.
+
+    Args:
+        name (`str`):
+            What tables and image grids call it.
+        guidance_scale (`float`):
+            Its classifier-free guidance.
+        adapters (`tuple[str, ...]`, *optional*, defaults to `()`):
+            Adapters of the shared backbone that are active, their updates added up; none for the base.
+        model ([`VelocityModel`], *optional*):
+            A model of its own instead of the shared backbone.
+    """
+
+    name: str
+    guidance_scale: float
+    adapters: tuple[str, ...] = ()
+    model: VelocityModel | None = None
+
+
+class DiffusionTrainer(LoraTrainer):
+    """
+    Base class of the trainers. Subclasses define `training_step`, and may override `add_models` (other models on the
+    backbone), `rollout_metrics` (what an evaluation measures along the way) and `policies` (columns of image grids).
+    """
+
+    def __init__(
+        self,
+        model: str | Path | StableDiffusion3Pipeline,
+        args: DiffusionOPDConfig,
+        train_dataset: Any,
+        eval_dataset: Any = None,
+        *,
+        tasks: list[str],
+        reward_funcs: dict[str, RewardFunc | list[RewardFunc]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
+        peft_config: LoraConfig | None = None,
+    ):
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"One process sees {args.n_gpu} GPUs, which `torch.nn.DataParallel` would share. Start one process per "
+                "GPU with `accelerate launch`, or show it one GPU with `CUDA_VISIBLE_DEVICES=0`."
+            )
+
+        # Tasks and prompts: checked before anything large is loaded
+        self.datasets = task_datasets(train_dataset, tasks, column=args.prompt_column)
+        self.check_tasks(self.datasets)
+        self.eval_datasets = {}
+        if eval_dataset is not None:
+            self.eval_datasets = task_datasets(eval_dataset, tasks, column=args.prompt_column, argument="eval_dataset")
+        for argument, names in (("eval_dataset", self.eval_datasets), ("task_weights", args.task_weights or {})):
+            if unknown := sorted(set(names) - set(tasks)):
+                raise ValueError(f"`{argument}` names unknown tasks {unknown}. The tasks are {tasks}.")
+        self.reward_funcs = normalize_reward_funcs(reward_funcs or {}, tasks)
+        self.sampler = RoundSampler(
+            {task: self.datasets[task] for task in tasks},
+            args.per_device_train_batch_size,
+            args.seed,
+            column=args.prompt_column,
+            weights=args.task_weights,
+            num_micro_rounds=args.gradient_accumulation_steps,
+            num_processes=args.world_size,
+            process_index=args.process_index,
+        )
+
+        # Base, student, and what the method adds to them
+        set_seed(args.seed)
+        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+        self.pipeline = load_pipeline(model, dtype, args.model_init_kwargs)
+        self.base_model = str(model) if isinstance(model, (str, Path)) else model.config.get("_name_or_path", "")
+        self.transformer = self.pipeline.transformer
+        self.latent_shape = self._latent_shape(args)
+        parameters = add_student(self.transformer, peft_config)
+        self.ema = StudentEMA(parameters, args.ema_decay, args.ema_update_every) if args.ema_decay else None
+        self.add_models(args)
+        if args.activation_checkpointing:
+            # diffusers has its own name for it, and upstream would call one that diffusers lacks.
+            self.transformer.enable_gradient_checkpointing()
+            args.activation_checkpointing = args.gradient_checkpointing = False
+
+        super().__init__(
+            VelocityModel(self.transformer),
+            args,
+            num_micro_rounds=self.sampler.rounds_per_epoch * args.gradient_accumulation_steps,
+            eval_dataset=self.eval_datasets or None,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if self.ema is not None:
+            self.ema.to(self.accelerator.device)
+            self.add_callback(EMACallback(self))
+        if args.num_grid_prompts > 0:
+            self.add_callback(ImageGridCallback(self))
+        if args.save_curves:
+            self.add_callback(CurvesCallback())
+
+        check_disk(self)
+
+        # Schedules, prompts, logs
+        image_seq_len = math.prod(self.latent_shape[1:]) // self.pipeline.patch_size**2
+        self.schedule = make_schedule(self.pipeline.scheduler, args.num_inference_steps, image_seq_len=image_seq_len)
+        self.eval_schedule = make_schedule(
+            self.pipeline.scheduler,
+            args.eval_num_inference_steps or args.num_inference_steps,
+            image_seq_len=image_seq_len,
+        )
+        self.prompts = self._prompt_encoder()
+        self.eval_prompts = self._prompt_encoder()
+        self.grid_prompts = self._prompt_encoder()
+        self._distinct_prompts = self.sampler.distinct_prompts(at_most=args.prompt_cache_size)
+        self._metrics: dict[str, list[float]] = defaultdict(list)
+        self._peak_memory = 0
+
+    # Hooks
+
+    def check_tasks(self, datasets: dict[str, Dataset]) -> None:
+        """Raises a `ValueError` if the tasks of the training prompts are not those of the method."""
+
+    def add_models(self, args: DiffusionOPDConfig) -> None:
+        """Adds the method's other models to `self.transformer`, after the student and before the device placement."""
+
+    def rollout_metrics(
+        self, policy: Policy, batch: TaskBatch, conditioning: Conditioning
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Rolls `policy` out as at evaluation: the final latents `[B, C, H, W]` and metrics `[B]` by name."""
+        return self.final_latents(policy, batch, conditioning), {}
+
+    def policies(self) -> list[Policy]:
+        """What image grids and tables compare: the base, then the student."""
+        return [Policy("base", self.student_policy.guidance_scale), self.student_policy]
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        return {"tasks": self.sampler.weights}
+
+    # Rollouts
+
+    @property
+    def student_policy(self) -> Policy:
+        scale = self.args.eval_guidance_scale
+        return Policy("student", self.args.guidance_scale if scale is None else scale, (STUDENT,))
+
+    def noise_sources(self, seeds: list[int]) -> tuple[torch.Tensor, list[torch.Generator]]:
+        """
+        Initial noise `[B, C, H, W]` and the generators that draw the noise of the steps. Drawn on the CPU, so that it
+        is the same on every device.
+        """
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        noise = torch.stack([torch.randn(self.latent_shape, generator=generator) for generator in generators])
+        return noise.to(self.accelerator.device), generators
+
+    @contextmanager
+    def acting(self, policy: Policy) -> Iterator[nn.Module]:
+        """The policy's model, ready for a forward without gradients; the student is back afterwards."""
+        if policy.model is not None:
+            with self.accelerator.autocast():
+                yield policy.model
+        else:
+            switch = use_adapter(self.transformer, *policy.adapters) if policy.adapters else base_only(self.transformer)
+            with switch:
+                yield self.model
+
+    @torch.no_grad()
+    def policy_velocity(
+        self, policy: Policy, sample: torch.Tensor, timestep: torch.Tensor, text: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        """Guided velocity `[B, C, H, W]` of a policy; `text` is `conditioning.batch(policy.guidance_scale)`."""
+        with self.acting(policy) as model:
+            return model(sample, timestep, *text, policy.guidance_scale)
+
+    def rollout(self, policy: Policy, conditioning: Conditioning, seeds: list[int]) -> Iterator[DenoisingStep]:
+        """Rolls a policy out with the settings of evaluation, without gradients."""
+        schedule, text = self.eval_schedule, conditioning.batch(policy.guidance_scale)
+        timesteps = schedule.timesteps.to(self.accelerator.device)
+        noise, generators = self.noise_sources(seeds)
+        yield from denoise(
+            lambda sample, index: self.policy_velocity(policy, sample, timesteps[index], text),
+            noise,
+            schedule,
+            solver=self.args.solver,
+            noise_level=self.args.eval_noise_level,
+            generator=generators,
+        )
+
+    def final_latents(self, policy: Policy, batch: TaskBatch, conditioning: Conditioning) -> torch.Tensor:
+        """The latents `[B, C, H, W]` at the end of a rollout."""
+        for step in self.rollout(policy, conditioning, batch.seeds):
+            latents = step.next_sample
+        return latents
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Decodes latents to images in `[0, 1]`, of shape `[B, 3, H, W]`, on the CPU."""
+        images = self.pipeline.decode_latents(latents.to(self.pipeline.vae.device))
+        return (images / 2 + 0.5).clamp(0, 1).float().cpu()
+
+    # Prompts
+
+    def prepare_prompts(self, round_index: int) -> None:
+        """Encodes the prompts of the chunk of rounds that `round_index` is in; all at once if they fit the cache."""
+        if self._distinct_prompts is not None:
+            self.prompts.prepare("all", lambda: self._distinct_prompts)
+            return
+        length = max(1, self.args.prompt_cache_size // self.sampler.prompts_per_round)
+        first = round_index // length * length
+        self.prompts.prepare(first, lambda: self.sampler.prompts_of(range(first, first + length)))
+
+    def _prompt_encoder(self) -> PromptEncoder:
+        return PromptEncoder(
+            self.pipeline,
+            self.accelerator.device,
+            max_sequence_length=self.args.max_sequence_length,
+            batch_size=self.args.prompt_batch_size,
+            offload=self.args.offload_text_encoders,
+            show_progress=self.is_world_process_zero() and not self.args.disable_tqdm,
+        )
+
+    def _latent_shape(self, args: DiffusionOPDConfig) -> tuple[int, int, int]:
+        pipe = self.pipeline
+        default = pipe.default_sample_size * pipe.vae_scale_factor
+        multiple = pipe.vae_scale_factor * pipe.patch_size
+        size = {"height": args.height or default, "width": args.width or default}
+        for name, pixels in size.items():
+            if pixels % multiple:
+                raise ValueError(
+                    f"`{name}` must be a multiple of {multiple} (VAE factor x patch size), but is {pixels}. Use "
+                    f"{round(pixels / multiple) * multiple}."
+                )
+            if pixels // multiple > pipe.transformer.config.pos_embed_max_size:
+                most = pipe.transformer.config.pos_embed_max_size * multiple
+                raise ValueError(f"`{name}` must be at most {most} for this model, but is {pixels}.")
+        channels = pipe.transformer.config.in_channels
+        return channels, size["height"] // pipe.vae_scale_factor, size["width"] // pipe.vae_scale_factor
+
+    # Evaluation and images
+
+    @contextmanager
+    def student_weights(self, average: bool) -> Iterator[None]:
+        """The student in evaluation mode, with its averaged weights if `average`."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            with self.ema.applied() if average and self.ema is not None else nullcontext():
+                yield
+        finally:
+            self.model.train(training)
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """
+        Rolls the student out on the prompts of every task, always with the same noise.
+
+        Args:
+            eval_dataset (`dict` or `Dataset`, *optional*):
+                Like the argument of the trainer, which is the default.
+            ignore_keys (`list[str]`, *optional*):
+                Not used: there are no model outputs to ignore.
+            metric_key_prefix (`str`, *optional*, defaults to `"eval"`):
+                Prefix of the metrics.
+
+        Returns:
+            `dict[str, float]`: `eval_<metric>/<task>` of the averaged weights if there are any (then
+            `eval_raw_<metric>/<task>` of the raw ones too), and `eval_loss`, the mean of the tasks' divergences.
+        """
+        datasets = self.eval_datasets
+        if eval_dataset is not None:
+            datasets = task_datasets(
+                eval_dataset, list(self.datasets), column=self.args.prompt_column, argument="eval_dataset"
+            )
+        if not datasets:
+            raise ValueError("There is nothing to evaluate on. Pass an `eval_dataset`, here or to the trainer.")
+        start = time.time()
+        metrics: dict[str, float] = {}
+        variants = [("", True)] if self.ema is None else [("", True), ("raw_", False)]
+        for prefix, average in variants:
+            with self.student_weights(average):
+                scores = score_policy(self, self.student_policy, datasets)
+            for task, values in scores.items():
+                metrics |= {f"{metric_key_prefix}_{prefix}{name}/{task}": value for name, value in values.items()}
+            if all("kl" in values for values in scores.values()):
+                metrics[f"{metric_key_prefix}_{prefix}loss"] = sum(v["kl"] for v in scores.values()) / len(scores)
+        metrics |= speed_metrics(
+            metric_key_prefix,
+            start,
+            num_samples=sum(self.args.num_eval_images or len(data) for data in datasets.values()),
+        )
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def sample_images(self, policy: Policy, batch: TaskBatch) -> torch.Tensor:
+        """Images `[B, 3, H, W]` in `[0, 1]` of a policy, with the settings of evaluation."""
+        return self.decode(self.final_latents(policy, batch, self.grid_prompts.conditioning(batch.prompts)))
+
+    # Logs
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self._metrics and "loss" in logs:
+            logs |= {name: sum(values) / len(values) for name, values in self._metrics.items()}
+            self._metrics.clear()
+        super().log(logs, start_time)
+
+    def log_speed(self, num_images: int, seconds: float) -> None:
+        """Logs the speed of a round over all processes and the peak memory of this one."""
+        self._metrics["step_time"].append(seconds)
+        self._metrics["images_per_second"].append(num_images * self.args.world_size / seconds)
+        self._peak_memory = max(self._peak_memory, _memory_in_use(self.accelerator.device))
+        self._metrics["peak_memory_gb"].append(self._peak_memory / 2**30)
+
+
+def _memory_in_use(device: torch.device) -> int:
+    """Bytes in use: the most ever allocated on a GPU, what is resident now on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return psutil.Process().memory_info().rss

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What happens between the rounds: averaging weights, drawing image grids and curves."""
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import PIL.Image
+import torch
+from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
+
+from .evaluation import evaluation_batch
+from .figures import draw_curves, image_grid
+from .prompts import on_device
+
+
+if TYPE_CHECKING:
+    from .base_trainer import DiffusionTrainer
+
+# Backends with one interface: `backend.log({name: backend.Image(image)})`.
+_IMAGE_LOGGERS = ("wandb", "trackio", "swanlab")
+
+
+class EMACallback(TrainerCallback):
+    """Updates the moving average after every optimizer step."""
+
+    def __init__(self, trainer: "DiffusionTrainer"):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.ema.update(state.global_step)
+
+
+class ImageGridCallback(TrainerCallback):
+    """
+    Draws the same prompts with the same noise at every evaluation and at the end of training: a row per prompt, a
+    column per model (base, student, each teacher). Saves it to `images/` in the output folder and reports it to
+    TensorBoard, Weights & Biases, Trackio and SwanLab where they are in `report_to`.
+    """
+
+    def __init__(self, trainer: "DiffusionTrainer"):
+        self.trainer = trainer
+        self._drawn_at: int | None = None
+        self._unchanging: dict[str, list[torch.Tensor]] = {}  # images of all models but the student
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self._draw_once(state.global_step)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._draw_once(state.global_step)
+
+    def _draw_once(self, step: int) -> None:
+        if step != self._drawn_at and self.trainer.is_world_process_zero():
+            self._drawn_at = step
+            grid = self.draw()
+            path = Path(self.trainer.args.output_dir) / "images" / f"step_{step:06d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            grid.save(path)
+            report_image(self.trainer, "images", grid, step)
+
+    def draw(self) -> PIL.Image.Image:
+        trainer, args = self.trainer, self.trainer.args
+        rows, columns = [], {}
+        batches = []
+        for task in trainer.datasets:
+            data = trainer.eval_datasets.get(task, trainer.datasets[task])
+            positions = list(range(min(args.num_grid_prompts, len(data))))
+            batches.append(
+                evaluation_batch(data, task, positions, seed=args.seed, column=args.prompt_column, purpose="grid")
+            )
+            rows += [f"{task}: {prompt}" for prompt in batches[-1].prompts]
+        trainer.grid_prompts.prepare("grid", lambda: [prompt for batch in batches for prompt in batch.prompts])
+        with on_device((trainer.pipeline.vae,), trainer.accelerator.device), trainer.student_weights(average=True):
+            for policy in trainer.policies():
+                images = self._unchanging.get(policy.name)
+                if images is None:
+                    images = [image for batch in batches for image in trainer.sample_images(policy, batch)]
+                    if policy.name != trainer.student_policy.name:
+                        self._unchanging[policy.name] = images
+                columns[policy.name] = images
+        return image_grid(columns, rows)
+
+
+class CurvesCallback(TrainerCallback):
+    """Draws loss, divergences and rewards to `curves.png` at the end of training."""
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            draw_curves(state.log_history, Path(args.output_dir) / "curves.png")
+
+
+def report_image(trainer: "DiffusionTrainer", name: str, image: PIL.Image.Image, step: int) -> None:
+    """Sends an image to those `report_to` backends that take images."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+            callback.tb_writer.add_image(name, np.asarray(image), step, dataformats="HWC")
+    for backend in _IMAGE_LOGGERS:
+        if backend in trainer.args.report_to:
+            module = importlib.import_module(backend)
+            module.log({name: module.Image(image), "train/global_step": step})

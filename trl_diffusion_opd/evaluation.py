@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scoring a policy on the prompts of every task: divergences along its rollouts, rewards of its images."""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from tqdm.auto import tqdm
+
+from .data import TaskBatch, sample_seed
+from .prompts import on_device
+
+
+if TYPE_CHECKING:
+    from .base_trainer import DiffusionTrainer, Policy
+
+# `f(images, prompts, **columns) -> scores`: images as a float tensor `[B, 3, H, W]` in `[0, 1]`, the other columns of
+# the dataset as lists, and one number per image (`None` or NaN where scoring failed).
+RewardFunc = Callable[..., list[float]]
+
+
+def normalize_reward_funcs(
+    reward_funcs: Mapping[str, RewardFunc | list[RewardFunc]], tasks: list[str]
+) -> dict[str, list[RewardFunc]]:
+    """
+    Brings the reward functions into the form `{task: [callable, ...]}`.
+
+    Raises:
+        `ValueError`: a task that is not trained, or something that cannot be called.
+    """
+    normalized = {}
+    for task, funcs in reward_funcs.items():
+        if task not in tasks:
+            raise ValueError(f"`reward_funcs` names the unknown task {task!r}. The tasks are {tasks}.")
+        normalized[task] = list(funcs) if isinstance(funcs, (list, tuple)) else [funcs]
+        for func in normalized[task]:
+            if not callable(func):
+                raise ValueError(
+                    f"`reward_funcs[{task!r}]` must be callables `f(images, prompts, **columns) -> list[float]`, but "
+                    f"one is {func!r}."
+                )
+    return normalized
+
+
+def evaluation_batch(
+    dataset: Dataset, task: str, positions: list[int], *, seed: int, column: str, purpose: str = "eval"
+) -> TaskBatch:
+    """
+    Rows of a task's dataset with noise that is the same at every evaluation of a run. Positions beyond its end start
+    over, with other noise.
+    """
+    rows = [dataset[position % len(dataset)] for position in positions]
+    seeds = [sample_seed(seed, f"{purpose}/{task}", 0, position) for position in positions]
+    return TaskBatch(task, rows, [row[column] for row in rows], seeds)
+
+
+def score_policy(
+    trainer: "DiffusionTrainer",
+    policy: "Policy",
+    datasets: dict[str, Dataset],
+    *,
+    description: str = "Evaluating",
+    rewards_only: bool = False,
+) -> dict[str, dict[str, float]]:
+    """
+    Rolls a policy out on every task, the prompts shared among all processes.
+
+    Args:
+        trainer ([`DiffusionTrainer`]):
+            Owner of the models and of the settings of evaluation.
+        policy ([`Policy`]):
+            The model to score.
+        datasets (`dict[str, Dataset]`):
+            Prompts of each task.
+        description (`str`, *optional*):
+            Title of the progress bar.
+        rewards_only (`bool`, *optional*, defaults to `False`):
+            Whether to leave out what `trainer.rollout_metrics` measures along the way.
+
+    Returns:
+        `dict[str, dict[str, float]]`: means by task and metric: what `trainer.rollout_metrics` measures, `reward` where
+        the task has reward functions (their sum; with several, each as `reward/<function>` too), and
+        `reward_failures`, the number of images without a score, where there are any.
+    """
+    args, device = trainer.args, trainer.accelerator.device
+    size, step = args.per_device_eval_batch_size, trainer.args.prompt_cache_size
+    shares = {
+        task: list(range(args.num_eval_images or len(data)))[args.process_index :: args.world_size]
+        for task, data in datasets.items()
+    }
+    total = sum(map(len, shares.values()))
+    progress = tqdm(
+        total=total,
+        desc=description,
+        disable=args.disable_tqdm or not trainer.is_world_process_zero(),
+        leave=False,
+    )
+    scores = {}
+    with progress, on_device((trainer.pipeline.vae,), device):
+        for task, data in datasets.items():
+            records: list[dict[str, float]] = []
+            for first in range(0, len(shares[task]), step):
+                chunk = shares[task][first : first + step]
+                # Encoded once for all evaluations if they fit the cache, else chunk by chunk.
+                wanted = shares if total <= step else {task: chunk}
+                trainer.eval_prompts.prepare(
+                    str(wanted), lambda wanted=wanted: _prompts_at(datasets, wanted, args.prompt_column)
+                )
+                for start in range(0, len(chunk), size):
+                    batch = evaluation_batch(
+                        data, task, chunk[start : start + size], seed=args.seed, column=args.prompt_column
+                    )
+                    records += _score_batch(trainer, policy, batch, rewards_only)
+                    progress.update(len(batch.prompts))
+            scores[task] = _means(gather_object(records))
+    return scores
+
+
+def _prompts_at(datasets: dict[str, Dataset], positions: dict[str, list[int]], column: str) -> list[str]:
+    return [
+        datasets[task][position % len(datasets[task])][column]
+        for task, indices in positions.items()
+        for position in indices
+    ]
+
+
+def _score_batch(
+    trainer: "DiffusionTrainer", policy: "Policy", batch: TaskBatch, rewards_only: bool
+) -> list[dict[str, float]]:
+    conditioning = trainer.eval_prompts.conditioning(batch.prompts)
+    if rewards_only:
+        latents, metrics = trainer.final_latents(policy, batch, conditioning), {}
+    else:
+        latents, metrics = trainer.rollout_metrics(policy, batch, conditioning)
+    columns = {name: values.tolist() for name, values in metrics.items()}
+    if batch.task in trainer.reward_funcs:
+        columns |= reward_columns(trainer.reward_funcs[batch.task], trainer.decode(latents), batch)
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def reward_columns(funcs: list[RewardFunc], images: torch.Tensor, batch: TaskBatch) -> dict[str, list[float]]:
+    """Scores of a batch of images: `reward`, and with several functions `reward/<name>` of each. NaN where one failed."""
+    extra: dict[str, list[Any]] = {
+        name: [row[name] for row in batch.rows]
+        for name in batch.rows[0]
+        if name not in ("prompt", "prompts", "images")
+    }
+    columns = {}
+    for index, func in enumerate(funcs):
+        name = getattr(func, "__name__", type(func).__name__)
+        values = func(images, batch.prompts, **extra)
+        if len(values) != len(images):
+            raise ValueError(
+                f"The reward function {name!r} of task {batch.task!r} returned {len(values)} scores for {len(images)} "
+                "images. It must return one number per image."
+            )
+        name = f"reward/{name}" if f"reward/{name}" not in columns else f"reward/{name}_{index}"
+        columns[name] = [math.nan if value is None else float(value) for value in values]
+    total = [sum(row) for row in zip(*columns.values(), strict=True)]
+    return {"reward": total, **(columns if len(funcs) > 1 else {})}
+
+
+def _means(records: list[dict[str, float]]) -> dict[str, float]:
+    values: dict[str, list[float]] = defaultdict(list)
+    for record in records:
+        for name, value in record.items():
+            values[name].append(value)
+    means = {}
+    for name, column in values.items():
+        valid = [value for value in column if not math.isnan(value)]
+        means[name] = sum(valid) / len(valid) if valid else math.nan
+        if name == "reward" and len(valid) < len(column):
+            means["reward_failures"] = float(len(column) - len(valid))
+    return means

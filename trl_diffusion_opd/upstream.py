@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+What `transformers.Trainer` and TRL's `_BaseTrainer` do differently for a LoRA on a diffusers model.
+
+All overrides of upstream internals are here; `tests/test_upstream.py` fails when what they rely on changes.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from torch.utils.data import DataLoader, Dataset
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
+from transformers.utils import PushInProgress
+from trl.trainer.base_trainer import _BaseTrainer
+from trl.trainer.utils import identity
+
+from .card import make_card
+from .lora import load_lora_into, save_lora
+from .sources import DIFFUSERS_WEIGHT_NAME
+
+
+TRAINING_ARGS_FILE = "training_args.json"
+PROVENANCE_FILE = "provenance.json"
+# Must not end in `pytorch_lora_weights.safetensors`: `load_lora_weights(repo)` takes any file that does.
+RAW_WEIGHT_NAME = "pytorch_lora_weights_raw.safetensors"
+# Never uploaded: local state, and pickles.
+_NOT_PUSHED = ["_*", ".*", f"{PREFIX_CHECKPOINT_DIR}-*", "*.pt", "*.pth", "*.bin"]
+
+
+class _RoundIndices(Dataset):
+    """The dataset that the training loop walks through: micro-round numbers. The samples are found from them."""
+
+    def __init__(self, num_micro_rounds: int):
+        self.num_micro_rounds = num_micro_rounds
+
+    def __len__(self) -> int:
+        return self.num_micro_rounds
+
+    def __getitem__(self, index: int) -> dict[str, int]:
+        return {"micro_round": index}
+
+
+class LoraTrainer(_BaseTrainer):
+    """
+    A [`~transformers.Trainer`] whose model is a LoRA adapter called `"default"` on a diffusers transformer.
+
+    Subclasses set `transformer` (the module with the adapter), `ema` (a [`StudentEMA`] or `None`) and `provenance` (a
+    JSON-like dictionary of what the run was made from, which a resumed run must share).
+    """
+
+    loss_is_scaled_for_ga = True  # the training step divides by the number of accumulation steps itself
+
+    def __init__(self, model, args, *, num_micro_rounds: int, **kwargs):
+        self._staging_dir = None
+        super().__init__(
+            model=model, args=args, data_collator=identity, train_dataset=_RoundIndices(num_micro_rounds), **kwargs
+        )
+
+    def _send_telemetry(self) -> None:
+        # TRL reads `model.config.model_type`, which no diffusers model has, and does so unless `CI` is set. We send
+        # nothing.
+        pass
+
+    def get_train_dataloader(self) -> DataLoader:
+        # Every process walks through all rounds and takes its share of each, so there is nothing to shuffle or shard.
+        return DataLoader(self.train_dataset, batch_size=None)
+
+    # Saving
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # Upstream writes the whole base model, and pickles the arguments with the Hub token in clear.
+        if not self.args.should_save:
+            return
+        output_dir = Path(output_dir or self.args.output_dir)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        if self.ema is None:
+            save_lora(output_dir, self.transformer)
+        else:
+            with self.ema.applied():
+                save_lora(output_dir, self.transformer)
+            save_lora(output_dir, self.transformer, weight_name=RAW_WEIGHT_NAME)
+        _write_json(output_dir / TRAINING_ARGS_FILE, _without_tokens(self.args.to_dict()))
+        _write_json(output_dir / PROVENANCE_FILE, self.provenance)
+
+    def _get_output_dir(self, trial) -> str:
+        return self._staging_dir or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        # Upstream writes into `checkpoint-N` file by file, and a kill in between leaves a folder that looks like a
+        # checkpoint. Have it write elsewhere and rename the whole.
+        run_dir = Path(self._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self.create_model_card()
+        self._staging_dir = str(run_dir / ".staging")
+        try:
+            if self.args.should_save:
+                shutil.rmtree(self._staging_dir, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            staged = Path(self._staging_dir) / name
+        finally:
+            self._staging_dir = None
+        self.accelerator.wait_for_everyone()
+        if self.state.best_global_step:
+            best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+            if best.name == name or best.is_dir():
+                self.state.best_model_checkpoint = str(best)
+        if self.args.should_save:
+            self.state.save_to_json(str(staged / "trainer_state.json"))
+            _sync_folder(staged)
+            shutil.rmtree(run_dir / name, ignore_errors=True)
+            os.replace(staged, run_dir / name)
+            shutil.rmtree(staged.parent, ignore_errors=True)
+            rotate_checkpoints(
+                output_dir=str(run_dir),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(run_dir / name))
+
+    # Resuming
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        # Upstream knows full models and PEFT's file names only.
+        folder = Path(resume_from_checkpoint)
+        for file in (DIFFUSERS_WEIGHT_NAME, PROVENANCE_FILE):
+            if not (folder / file).is_file():
+                raise ValueError(
+                    f"There is no checkpoint in {str(folder)!r}: it has no {file!r}. Pass a `checkpoint-N` folder of an "
+                    "earlier run's `output_dir`."
+                )
+        self._check_provenance(json.loads((folder / PROVENANCE_FILE).read_text(encoding="utf-8")), folder)
+        self._load_student(folder)
+
+    def _load_student(self, folder: Path) -> None:
+        averaged = (folder / RAW_WEIGHT_NAME).is_file()
+        if averaged != (self.ema is not None):
+            raise ValueError(
+                f"The checkpoint {str(folder)!r} was saved {'with' if averaged else 'without'} a moving average, but "
+                f"`ema_decay` is {self.args.ema_decay}. Resume with the settings of the saved run."
+            )
+        if averaged:
+            load_lora_into(self.transformer, folder / DIFFUSERS_WEIGHT_NAME)
+            self.ema.load_state_dict({name: p.detach().clone() for name, p in self.ema.parameters.items()})
+        load_lora_into(self.transformer, folder / (RAW_WEIGHT_NAME if averaged else DIFFUSERS_WEIGHT_NAME))
+
+    def _load_best_model(self) -> None:
+        self._load_student(Path(self.state.best_model_checkpoint))
+
+    def _check_provenance(self, saved: dict, folder: Path) -> None:
+        for key, value in self.provenance.items():
+            if saved.get(key) != json.loads(json.dumps(value)):
+                raise ValueError(
+                    f"The checkpoint {str(folder)!r} belongs to a run with other {key}:\n  saved: {saved.get(key)}\n"
+                    f"  now:   {value}\nResume with the same {key}, or start a new run in another `output_dir`."
+                )
+
+    # The Hub
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | list[str] | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
+        # TRL's card is for language models: it names `transformers` as the library and reads `model.config`.
+        if self.is_world_process_zero():
+            card = make_card(self, model_name=model_name, dataset_name=dataset_name, tags=tags)
+            card.save(Path(self.args.output_dir) / "README.md")
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # Upstream copies only file names that it knows, none of them ours, and pickles the arguments beside them.
+        if self._staging_dir is not None:  # called by upstream before the checkpoint is in its place
+            return
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        running = getattr(self, "push_in_progress", None)
+        if running is not None and not running.is_done() and not self.args.hub_always_push:
+            return
+        from huggingface_hub import HfApi
+
+        folder, output_dir = Path(checkpoint_folder), Path(self.args.output_dir)
+        for file in (DIFFUSERS_WEIGHT_NAME, RAW_WEIGHT_NAME, TRAINING_ARGS_FILE, PROVENANCE_FILE):
+            if (folder / file).is_file():
+                shutil.copy(folder / file, output_dir / file)
+        upload = {
+            "repo_id": self.hub_model_id,
+            "token": self.args.hub_token,
+            "revision": self.args.hub_revision,
+            "ignore_patterns": _NOT_PUSHED,
+            "run_as_future": True,
+        }
+        message = f"Training in progress, step {self.state.global_step}"
+        jobs = [HfApi().upload_folder(folder_path=output_dir, commit_message=message, **upload)]
+        if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            last = self.args.hub_strategy == HubStrategy.CHECKPOINT
+            target = "last-checkpoint" if last else folder.name
+            message = f"{message}, checkpoint"
+            jobs.append(
+                HfApi().upload_folder(folder_path=folder, path_in_repo=target, commit_message=message, **upload)
+            )
+        self.push_in_progress = PushInProgress(jobs)
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
+
+
+def _without_tokens(content: dict) -> dict:
+    """The dictionary without entries that hold a secret (`hub_token`, or a `token` in `model_init_kwargs`)."""
+    return {
+        key: _without_tokens(value) if isinstance(value, dict) else value
+        for key, value in content.items()
+        if key != "token" and not key.endswith("_token")
+    }
+
+
+def _sync_folder(folder: Path) -> None:
+    """Waits until the folder's files are on the disk, so that a rename never survives what it renamed."""
+    for path in [*folder.iterdir(), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
