@@ -16,6 +16,8 @@ PROMPTS = {
     "scene": ["a boat at night", "a house at noon", "a tree at dawn"],
 }
 
+SAVING_RUN = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+
 
 def make_teachers(folder: Path, scale: float = 0.1, **overrides) -> dict:
     """Two teachers on disk: `count` in the diffusers format, `scene` in PEFT's with another rank, without guidance."""

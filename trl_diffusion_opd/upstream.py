@@ -42,6 +42,10 @@ class _RoundIndices(Dataset):
         return {"micro_round": index}
 
 
+def _only_item(batch: list[dict[str, int]]) -> dict[str, int]:
+    return batch[0]
+
+
 class LoraTrainer(_BaseTrainer):
     """
     A [`~transformers.Trainer`] whose model is a LoRA adapter called `"default"` on a diffusers transformer.
@@ -65,7 +69,7 @@ class LoraTrainer(_BaseTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         # Every process walks through all rounds and takes its share of each, so there is nothing to shuffle or shard.
-        return DataLoader(self.train_dataset, batch_size=None)
+        return DataLoader(self.train_dataset, batch_size=1, collate_fn=_only_item)
 
     # Saving
 
@@ -117,7 +121,6 @@ class LoraTrainer(_BaseTrainer):
                 output_dir=str(run_dir),
                 save_total_limit=self.args.save_total_limit,
                 best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
             )
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
