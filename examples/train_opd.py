@@ -24,6 +24,7 @@ from pathlib import Path
 if __name__ == "__main__":
     # Importing diffusers without torchvision makes transformers warn about image processors that are not used here.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # a line per retry, before the one that says what to do
 
     from trl_diffusion_opd.script import main
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from diffusers.callbacks import PipelineCallback, SD3CFGCutoffCallback
+from peft import LoraConfig
 
 from trl_diffusion_opd import StableDiffusion3SDEPipeline, StableDiffusion3SDEPipelineOutput
 from trl_diffusion_opd.transitions import SOLVERS
@@ -142,6 +143,8 @@ def test_without_noise_the_images_are_the_stock_pipelines(stock, ours):
         {"latents": None, "generator": 3},
         {"latents": None, "generator": [3, 4]},
         {"height": 8, "width": 16, "latents": None, "generator": 3},
+        {"num_images_per_prompt": 2, "latents": None, "generator": 3},
+        {"num_images_per_prompt": 2, "latents": None, "generator": [3, 4, 5, 6]},
     ],
     ids=lambda changed: "-".join(changed),
 )
@@ -199,15 +202,23 @@ def test_dynamic_shifting_is_the_stock_pipelines(arguments, stock, ours):
     assert not torch.equal(images, ours(**settings()).images)
 
 
-def test_lora_scale_of_joint_attention_kwargs_is_heard(stock, ours):
-    config, state_dict = random_lora(scale=0.3)
-    transformer = copy.deepcopy(stock.transformer)
-    transformer.add_adapter(config)
-    parameters = dict(transformer.named_parameters())
+@pytest.mark.parametrize("part", ["transformer", "text_encoder"])
+def test_lora_scale_of_joint_attention_kwargs_is_heard(part, stock, ours):
+    if part == "transformer":
+        config, state_dict = random_lora(scale=0.3)
+    else:
+        config, state_dict = LoraConfig(r=4, target_modules=["q_proj", "v_proj"]), None
+    model = copy.deepcopy(stock.components[part])
+    with torch.random.fork_rng(devices=[]):
+        model.add_adapter(config)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for name, tensor in state_dict.items():
-            parameters[name.replace(".weight", ".default.weight")].copy_(tensor)
-    pipes = [quiet(type(pipe)(**{**pipe.components, "transformer": transformer})) for pipe in (stock, ours)]
+        for name, parameter in model.named_parameters():
+            if "lora_" in name and state_dict is None:
+                parameter.normal_(0.0, 0.5, generator=generator)
+            elif "lora_" in name:
+                parameter.copy_(state_dict[name.replace(".default", "")])
+    pipes = [quiet(type(pipe)(**{**pipe.components, part: model})) for pipe in (stock, ours)]
     images = [images_of(*pipes, joint_attention_kwargs=kwargs) for kwargs in (None, {"scale": 0.5}, {"scale": 0.0})]
     assert not torch.equal(images[0], images[1])
     assert not torch.equal(images[1], images[2])
@@ -472,24 +483,46 @@ def test_noise_changes_the_images(stock, ours):
     assert (images[0] - stock(**settings()).images).abs().max() > 0.05
 
 
-def test_half_precision_models_make_a_float32_trajectory(stock):
-    half = {name: copy.deepcopy(part).to(torch.bfloat16) for name, part in stock.components.items() if is_model(part)}
-    half["vae"] = stock.vae  # in float32, as SD3 needs it
-    pipe = quiet(StableDiffusion3SDEPipeline(**{**stock.components, **half}))
-    output = pipe(**settings(noise_level=0.7), generator=torch.Generator().manual_seed(0))
+@pytest.fixture(scope="module")
+def half(stock) -> StableDiffusion3SDEPipeline:
+    """All of it in bfloat16 but the VAE."""
+    models = {name: part for name, part in stock.components.items() if isinstance(part, torch.nn.Module)}
+    del models["vae"]
+    copies = {name: copy.deepcopy(model).to(torch.bfloat16) for name, model in models.items()}
+    return quiet(StableDiffusion3SDEPipeline(**{**stock.components, **copies}))
+
+
+def test_half_precision_models_make_a_float32_trajectory(ours, half):
+    output, full = (
+        pipe(**settings(noise_level=0.7), generator=torch.Generator().manual_seed(0)) for pipe in (half, ours)
+    )
     for tensor in (output.latents, output.means, output.log_probs, output.stds, output.sigmas, output.timesteps):
         assert tensor.dtype == torch.float32
         assert tensor.isfinite().all()
     assert torch.equal(output.latents[:, 0], draw_latents().bfloat16().float())
     assert not torch.equal(output.latents[:, 1:].bfloat16().float(), output.latents[:, 1:])
-    full = quiet(StableDiffusion3SDEPipeline(**stock.components))(
-        **settings(noise_level=0.7), generator=torch.Generator().manual_seed(0)
-    )
     assert (output.latents - full.latents).abs().mean() < 0.1 * full.latents.abs().mean()
 
 
-def is_model(part) -> bool:
-    return isinstance(part, torch.nn.Module)
+def test_half_precision_velocities_are_guided_in_float32(half):
+    output = half(**settings())
+    with torch.no_grad():
+        embeds, negative, pooled, negative_pooled = half.encode_prompt(
+            prompt=PROMPTS, prompt_2=None, prompt_3=None, max_sequence_length=16
+        )
+        for j in range(4):
+            x = output.latents[:, j]
+            predicted = half.transformer(
+                hidden_states=torch.cat([x, x]).bfloat16(),
+                timestep=output.timesteps[j].expand(4),
+                encoder_hidden_states=torch.cat([negative, embeds]),
+                pooled_projections=torch.cat([negative_pooled, pooled]),
+                return_dict=False,
+            )[0]
+            unconditional, conditional = predicted.double().chunk(2)
+            guided = unconditional + 4.5 * (conditional - unconditional)
+            expected = x.double() + (output.sigmas[j + 1] - output.sigmas[j]).double() * guided
+            torch.testing.assert_close(output.means[:, j].double(), expected, rtol=0, atol=1e-5)
 
 
 # --- Schedules, loading, signature -------------------------------------------------------------------------------

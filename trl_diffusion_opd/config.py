@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,7 @@ class DiffusionOPDConfig(_BaseConfig):
 
         model_init_kwargs (`dict` or `str`, *optional*):
             Keyword arguments for `from_pretrained`, used when the `model` argument of the trainer is a string. The
-            weights are loaded in the training precision unless `torch_dtype` is given here.
+            weights are loaded in the training precision unless `dtype` is given here.
 
         > Parameters that control the rollout
 
@@ -131,7 +132,7 @@ class DiffusionOPDConfig(_BaseConfig):
         default=None,
         metadata={
             "help": "Keyword arguments for `from_pretrained`, used when the `model` argument of the trainer is a "
-            "string. The weights are loaded in the training precision unless `torch_dtype` is given here."
+            "string. The weights are loaded in the training precision unless `dtype` is given here."
         },
     )
 
@@ -226,6 +227,13 @@ class DiffusionOPDConfig(_BaseConfig):
     )
 
     def __post_init__(self):
+        # `accelerate launch` tells of them by the environment, the command line by fields
+        sharded = [flag for flag in ("DEEPSPEED", "FSDP") if os.environ.get(f"ACCELERATE_USE_{flag}") == "true"]
+        if self.deepspeed or self.fsdp or sharded:
+            raise ValueError(
+                "DeepSpeed and FSDP are not supported: the student is a LoRA, whose optimizer state is small. Launch "
+                "with plain data parallelism (`accelerate launch --multi_gpu`)."
+            )
         if self.bf16 is None:  # the TRL default, True, is an error on a machine without bfloat16
             self.bf16 = not self.fp16 and not self.use_cpu and _accelerator_has_bf16()
         super().__post_init__()
@@ -262,11 +270,6 @@ class DiffusionOPDConfig(_BaseConfig):
                     f"`task_weights[{task!r}]` must be a whole number of batches, at least 1, but is {weight!r}. "
                     "Scale the weights up to whole numbers, or leave the task out of the run."
                 )
-        if self.deepspeed or self.fsdp:
-            raise ValueError(
-                "DeepSpeed and FSDP are not supported: the student is a LoRA, whose optimizer state is small. Launch "
-                "with plain data parallelism (`accelerate launch --multi_gpu`)."
-            )
 
     def _check(self, name: str, valid: bool, rule: str) -> None:
         if not valid:

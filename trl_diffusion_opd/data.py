@@ -41,7 +41,7 @@ def load_prompts(source: str | Path, *, split: str = "train", column: str = "pro
 
     Args:
         source (`str` or `Path`):
-            Path of a file or folder, or id of a Hub dataset.
+            Path or `https://` address of a file, path of a folder, or id of a Hub dataset.
         split (`str`, *optional*, defaults to `"train"`):
             Split of a Hub dataset or folder.
         column (`str`, *optional*, defaults to `"prompt"`):
@@ -52,16 +52,18 @@ def load_prompts(source: str | Path, *, split: str = "train", column: str = "pro
     Raises:
         `ValueError`: the path looks like a file but does not exist, or its type is unknown.
     """
-    path = Path(source)
-    readers = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-    if path.suffix == ".txt" or path.suffix in readers:
-        if not path.is_file():
-            raise ValueError(f"The prompt file {str(source)!r} does not exist. Check its spelling.")
-        if path.suffix == ".txt":
-            lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
-            return Dataset.from_dict({column: [line for line in lines if line]})
-        return load_dataset(readers[path.suffix], data_files=str(path), split="train", **kwargs)
-    return load_dataset(str(source), split=split, **kwargs)
+    source = str(source)
+    readers = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+    reader = readers.get(Path(source).suffix)
+    if reader is None:
+        return load_dataset(source, split=split, **kwargs)
+    if not source.startswith(("https://", "http://")) and not Path(source).is_file():
+        raise ValueError(f"The prompt file {source!r} does not exist. Check its spelling.")
+    data = load_dataset(reader, data_files=source, split="train", **kwargs)
+    if reader == "text":
+        lines = (line.strip() for line in data["text"])
+        return Dataset.from_dict({column: [line for line in lines if line]})
+    return data
 
 
 def task_datasets(data: Any, tasks: list[str], *, column: str = "prompt", argument: str = "train_dataset") -> dict:

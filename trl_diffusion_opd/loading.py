@@ -10,7 +10,7 @@ from peft import LoraConfig
 from torch import nn
 
 from .pipeline import StableDiffusion3SDEPipeline
-from .sources import Source, hub_errors
+from .sources import Source, fetch, hub_errors
 
 
 STUDENT = "default"  # the only adapter name that diffusers' LoRA metadata helpers know
@@ -38,7 +38,7 @@ def load_pipeline(
         model (`str` or `Path` or [`~diffusers.StableDiffusion3Pipeline`]):
             Hub id, local folder, or a pipeline in memory, whose components are used (and get adapters).
         dtype (`torch.dtype`):
-            Precision of the weights, unless `init_kwargs` has a `torch_dtype`.
+            Precision of the weights, unless `init_kwargs` has a `dtype`.
         init_kwargs (`dict`, *optional*):
             Passed on to `from_pretrained`.
 
@@ -47,17 +47,10 @@ def load_pipeline(
         `SourceError`: the model cannot be found or fetched.
     """
     if isinstance(model, (str, Path)):
-        kwargs = {"torch_dtype": {"default": dtype, "vae": torch.float32}, **(init_kwargs or {})}
-        if Path(model).is_dir():
-            if not (Path(model) / "model_index.json").is_file():
-                raise ValueError(
-                    f"`model`: the folder {str(model)!r} has no `model_index.json`. Pass the folder of a whole "
-                    "pipeline, as `pipeline.save_pretrained` writes it."
-                )
+        kwargs = {"dtype": {"default": dtype, "vae": torch.float32}, **(init_kwargs or {})}
+        check_pipeline(model, kwargs.get("revision"))
+        with hub_errors(Source(repo_id=str(model), revision=kwargs.get("revision")), "model"):
             pipeline = StableDiffusion3SDEPipeline.from_pretrained(model, **kwargs)
-        else:
-            with hub_errors(Source(repo_id=str(model), revision=kwargs.get("revision")), "model"):
-                pipeline = StableDiffusion3SDEPipeline.from_pretrained(model, **kwargs)
     elif isinstance(model, StableDiffusion3Pipeline):
         pipeline = StableDiffusion3SDEPipeline(**model.components)
     else:
@@ -77,6 +70,24 @@ def load_pipeline(
     if pipeline.vae.dtype != torch.float32:
         pipeline.vae.to(torch.float32)
     return pipeline
+
+
+def check_pipeline(model: str | Path, revision: str | None = None) -> None:
+    """
+    Looks for a pipeline's index before anything large is fetched. diffusers' own errors do not tell a misspelt name
+    from a gated model.
+
+    Raises:
+        `ValueError`: a local folder without a pipeline.
+        `SourceError`: the model cannot be found or fetched; the message says what to do.
+    """
+    if not Path(model).is_dir():
+        fetch(Source(repo_id=str(model), revision=revision), "model_index.json", "model")
+    elif not (Path(model) / "model_index.json").is_file():
+        raise ValueError(
+            f"`model`: the folder {str(model)!r} has no `model_index.json`. Pass the folder of a whole pipeline, as "
+            "`pipeline.save_pretrained` writes it."
+        )
 
 
 def add_student(transformer: nn.Module, peft_config: LoraConfig | None) -> dict[str, nn.Parameter]:

@@ -84,7 +84,7 @@ class StableDiffusion3SDEPipeline(StableDiffusion3Pipeline):
         >>> from trl_diffusion_opd import StableDiffusion3SDEPipeline
 
         >>> pipe = StableDiffusion3SDEPipeline.from_pretrained(
-        ...     "stabilityai/stable-diffusion-3.5-medium", torch_dtype=torch.bfloat16
+        ...     "stabilityai/stable-diffusion-3.5-medium", dtype=torch.bfloat16
         ... ).to("cuda")
         >>> output = pipe("a red circle", num_inference_steps=10, guidance_scale=4.5, noise_level=0.7)
         >>> output.log_probs.shape

@@ -4,19 +4,21 @@
 import importlib
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from peft import LoraConfig
 
 from .comparison import compare, format_table, save_results
 from .config import DiffusionOPDConfig
 from .data import load_prompts
-from .loading import ATTENTION_TARGETS
+from .loading import ATTENTION_TARGETS, check_pipeline
 from .opd_trainer import DiffusionOPDTrainer
 from .plan import describe_plan
 
@@ -118,8 +120,10 @@ def make_trainer(
         options = {"split": script_args.dataset_split, "column": training_args.prompt_column}
         return {task: load_prompts(locate(source), **options) for task, source in (sources or {}).items()}
 
+    model = locate(script_args.model_name_or_path)
+    check_pipeline(model, (training_args.model_init_kwargs or {}).get("revision"))
     return DiffusionOPDTrainer(
-        model=locate(script_args.model_name_or_path),
+        model=model,
         teachers=teachers,
         args=training_args,
         train_dataset=load(script_args.datasets),
@@ -140,6 +144,9 @@ def make_trainer(
 
 def train(script_args: ScriptArguments, training_args: DiffusionOPDConfig, recipe: Path | None = None) -> None:
     """Trains the student of a recipe and shows what came of it; with `dry_run` only shows the plan."""
+    if training_args.device.type == "cpu":
+        # `accelerate launch` allows a process one thread unless told otherwise.
+        torch.set_num_threads(max(1, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     trainer = make_trainer(script_args, training_args, recipe)
     main = trainer.is_world_process_zero()
     if main:
@@ -163,6 +170,11 @@ def train(script_args: ScriptArguments, training_args: DiffusionOPDConfig, recip
         print(f'the LoRA pipe.load_lora_weights("{output_dir}", weight_name="pytorch_lora_weights.safetensors")')
     if training_args.push_to_hub:
         trainer.push_to_hub()
+
+
+def num_cores() -> int:
+    """CPU cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def load_function(spec: str) -> Callable:

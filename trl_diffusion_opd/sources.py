@@ -147,6 +147,17 @@ def _download(source: Source, weight_name: str | None, owner: str) -> Resolved:
     _raise_absent(source, name, names, owner)
 
 
+def fetch(source: Source, name: str, owner: str) -> Resolved:
+    """Makes sure that one file of a Hub repository is on this machine; raises a [`SourceError`] that says what to do."""
+    with hub_errors(source, owner):
+        path, commit, error = _fetch(source, name)
+        if error is not None and not _is_absent(error):
+            raise error
+    if path is None:
+        raise SourceError(f"{owner}: there is no file {name!r} in {source}. Check the spelling.")
+    return Resolved(path, commit)
+
+
 def _fetch(source: Source, name: str, cached_only: bool = False) -> tuple[Path | None, str | None, Exception | None]:
     """Downloads one file; returns its path and commit, or why it is not there."""
     # Imported here because local teachers do not need the Hub client.

@@ -67,11 +67,13 @@ def predict(
         `torch.Tensor` of shape `[len(prompt_embeds), ...]`, in float32 at least.
     """
     sample = sample.repeat(len(prompt_embeds) // len(sample), *[1] * (sample.ndim - 1))
+    # `transformer.dtype` walks over all modules, which on a small model takes as long as half a forward.
+    dtype = next(transformer.parameters()).dtype
     output = transformer(
-        hidden_states=sample.to(transformer.dtype),
+        hidden_states=sample.to(dtype),
         timestep=timestep.expand(len(sample)),
-        encoder_hidden_states=prompt_embeds.to(transformer.dtype),
-        pooled_projections=pooled_prompt_embeds.to(transformer.dtype),
+        encoder_hidden_states=prompt_embeds.to(dtype),
+        pooled_projections=pooled_prompt_embeds.to(dtype),
         joint_attention_kwargs=joint_attention_kwargs,
         return_dict=False,
         **kwargs,

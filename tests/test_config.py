@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configuration: documented, used, validated, and like TRL's where it is not ours."""
+
+import re
+import warnings
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from trl.trainer.base_config import _BaseConfig
+
+from trl_diffusion_opd import DiffusionOPDConfig
+
+
+PACKAGE = Path(__file__).parents[1] / "trl_diffusion_opd"
+OWN = sorted({f.name for f in fields(DiffusionOPDConfig)} - {f.name for f in fields(_BaseConfig)})
+
+
+def make(tmp_path, **overrides):
+    return DiffusionOPDConfig(output_dir=str(tmp_path), use_cpu=True, **overrides)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_every_field_is_documented_and_used(name):
+    field = next(f for f in fields(DiffusionOPDConfig) if f.name == name)
+    assert field.metadata["help"]
+    assert re.search(rf"^        {name} \(`", DiffusionOPDConfig.__doc__, re.M), "missing in the class docstring"
+    others = "".join(path.read_text() for path in PACKAGE.glob("*.py") if path.name != "config.py")
+    assert re.search(rf"args\.{name}\b", others), "no code reads it"
+
+
+def test_the_docstring_names_no_field_that_does_not_exist():
+    documented = set(re.findall(r"^        (\w+) \(`", DiffusionOPDConfig.__doc__, re.M))
+    assert documented == set(OWN)
+
+
+def test_constructing_it_warns_about_nothing(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config = make(tmp_path)
+    assert config.activation_checkpointing is True
+
+
+def test_published_defaults(tmp_path):
+    config = make(tmp_path)
+    assert (config.num_inference_steps, config.skip_last_steps, config.guidance_scale) == (10, 1, 4.5)
+    assert (config.solver, config.noise_level, config.max_sequence_length) == ("flow", 0.0, 128)
+    assert (config.learning_rate, config.max_grad_norm, config.weight_decay) == (3e-4, 1.0, 1e-4)
+    assert config.lr_scheduler_type == "constant" and config.remove_unused_columns is False
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tells what happens without a GPU")
+def test_a_machine_without_bfloat16_gets_none(tmp_path):
+    assert DiffusionOPDConfig(output_dir=str(tmp_path)).bf16 is False
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ({"solver": "euler"}, "`solver` must be one of flow, .*, but is 'euler'"),
+        ({"noise_level": -0.1}, "`noise_level` must be a finite number >= 0, but is -0.1"),
+        ({"noise_level": float("nan")}, "`noise_level` must be a finite number"),
+        ({"solver": "dpm2", "noise_level": 0.7}, "deterministic .* `noise_level` is 0.7. Set `noise_level=0.0`"),
+        ({"num_inference_steps": 0}, "`num_inference_steps` must be at least 1"),
+        ({"skip_last_steps": 10}, "`skip_last_steps` must be from 0 to num_inference_steps - 1 = 9"),
+        ({"guidance_scale": -1.0}, "`guidance_scale` must be 0 or more"),
+        ({"max_sequence_length": 513}, "`max_sequence_length` must be from 1 to 512"),
+        ({"prompt_cache_size": 0}, "`prompt_cache_size` must be at least 1"),
+        ({"prompt_batch_size": 0}, "`prompt_batch_size` must be at least 1"),
+        ({"ema_decay": 1.0}, "`ema_decay` must be between 0 and 1"),
+        ({"ema_update_every": 0}, "`ema_update_every` must be at least 1"),
+        ({"eval_num_inference_steps": 1}, "`eval_num_inference_steps` must be more than skip_last_steps = 1"),
+        ({"eval_guidance_scale": -2.0}, "`eval_guidance_scale` must be 0 or more"),
+        ({"eval_noise_level": -1.0}, "`noise_level` must be a finite number"),
+        ({"num_eval_images": 0}, "`num_eval_images` must be at least 1"),
+        ({"num_grid_prompts": -1}, "`num_grid_prompts` must be 0 or more"),
+        ({"height": 0}, "`height` must be positive"),
+        ({"task_weights": {"ocr": 0.5}}, "`task_weights\\['ocr'\\]` must be a whole number of batches"),
+        ({"task_weights": {"ocr": True}}, "must be a whole number of batches"),
+        ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "DeepSpeed and FSDP are not supported"),
+    ],
+)
+def test_values_out_of_range_are_refused(tmp_path, overrides, message):
+    with pytest.raises((ValueError, ImportError), match=message):
+        make(tmp_path, **overrides)
+
+
+def test_mappings_may_come_as_json(tmp_path):
+    config = make(tmp_path, task_weights='{"ocr": 2}', model_init_kwargs='{"revision": "main"}')
+    assert config.task_weights == {"ocr": 2} and config.model_init_kwargs == {"revision": "main"}

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two processes do what one process does with twice the batch, and reduce the gradients once a round."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+
+SCRIPT = Path(__file__).with_name("distributed_run.py")
+CONFIGS = Path(__file__).parents[1] / "examples" / "accelerate_configs"
+
+
+def launch(folder: Path, num_processes: int, batch_size: int, noise_level: float) -> dict:
+    folder.mkdir()
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    if num_processes > 1:
+        command += ["--config_file", str(CONFIGS / "cpu_2.yaml"), "--main_process_port", "0"]
+    command += [str(SCRIPT), str(folder), str(batch_size), str(noise_level)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return json.loads((folder / "result.json").read_text())
+
+
+@pytest.mark.parametrize("noise_level", [0.7])
+def test_two_processes_equal_one_with_twice_the_batch(tmp_path, noise_level):
+    one = launch(tmp_path / "one", 1, 4, noise_level)
+    two = launch(tmp_path / "two", 2, 2, noise_level)
+    assert (one["processes"], two["processes"]) == (1, 2)
+    weights = [load_file(tmp_path / run / "out" / "pytorch_lora_weights.safetensors") for run in ("one", "two")]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, rtol=1e-3, atol=1e-5)
+    for first, second in zip(one["logs"], two["logs"], strict=True):
+        for name in ("loss", "grad_norm", "kl/count", "kl/scene", "kl_step/0"):
+            assert second[name] == pytest.approx(first[name], rel=1e-3), name
+    for name, value in one["metrics"].items():
+        if "/" in name or name == "eval_loss":
+            assert two["metrics"][name] == pytest.approx(value, rel=1e-3), name
+    assert two["reductions"] == [0] * 3, "one reduction in each of 3 rounds"
+    # Either number of processes can resume: the checkpoints hold the same state but for the generators' own files.
+    assert (tmp_path / "two" / "out" / "checkpoint-3" / "rng_state_1.pth").is_file()
+    assert (tmp_path / "two" / "out" / "images" / "step_000003.png").is_file()
