@@ -259,7 +259,7 @@ def test_too_little_disk_is_refused_at_start_up(tmp_path, monkeypatch):
 
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(OSError, match="GB free, but checkpoints need .* lower `save_total_limit`"):
+    with pytest.raises(OSError, match="is on a disk with 0.0 MB free, but checkpoints need .* lower `save_total_limit`"):
         make_trainer(tmp_path, **SAVING_RUN)
 
 

@@ -27,7 +27,7 @@ SCHEDULE = make_schedule(scheduler(), 10)
 
 @pytest.fixture(scope="module")
 def model() -> VelocityModel:
-    return VelocityModel(tiny_transformer())
+    return VelocityModel(tiny_transformer(num_layers=1))
 
 
 @pytest.fixture(scope="module")

@@ -38,6 +38,12 @@ def ours(stock) -> StableDiffusion3SDEPipeline:
     return quiet(StableDiffusion3SDEPipeline.from_pipe(stock))
 
 
+@pytest.fixture(scope="module")
+def plain(stock) -> torch.Tensor:
+    """The stock pipeline's images for the settings that most tests start from."""
+    return stock(**settings()).images
+
+
 @pytest.fixture
 def module_counts(ours):
     """How often the VAE's decoder, the transformer and a text encoder have run."""
@@ -148,7 +154,7 @@ def test_without_noise_the_images_are_the_stock_pipelines(stock, ours):
     ],
     ids=lambda changed: "-".join(changed),
 )
-def test_every_argument_acts_as_in_the_stock_pipeline(changed, stock, ours):
+def test_every_argument_acts_as_in_the_stock_pipeline(changed, stock, ours, plain):
     def arguments():
         seeds = changed.get("generator")
         if seeds is None:
@@ -160,16 +166,15 @@ def test_every_argument_acts_as_in_the_stock_pipeline(changed, stock, ours):
     expected = stock(**settings(**arguments())).images
     images = ours(**settings(**arguments())).images
     assert torch.equal(images, expected)
-    plain = stock(**settings()).images
     assert images.shape != plain.shape or not torch.equal(images, plain)  # the argument does something
 
 
 @pytest.mark.parametrize("inside", [True, False])
-def test_skip_layer_guidance_applies_strictly_inside_its_window(inside, stock, ours):
+def test_skip_layer_guidance_applies_strictly_inside_its_window(inside, stock, ours, plain):
     # Of steps 0..3, `0 < 4 * 0.3 = 1.2` leaves 1 in and `4 * 0.25 = 1` leaves it out.
     window = {"skip_guidance_layers": [0], "skip_layer_guidance_stop": 0.3 if inside else 0.25}
     images = images_of(stock, ours, **window)
-    assert torch.equal(images, ours(**settings()).images) != inside
+    assert torch.equal(images, plain) != inside
 
 
 def test_skip_layer_guidance_needs_classifier_free_guidance(stock, ours):
@@ -196,14 +201,14 @@ def test_embeddings_may_be_given_instead_of_prompts(stock, ours):
     [{}, {"mu": 2.0}, {"mu": 0.0}, {"mu": 2.0, "sigmas": [1.0, 0.6, 0.3], "num_inference_steps": 3}],
     ids=["from-patches", "mu", "mu-zero", "mu-sigmas"],
 )
-def test_dynamic_shifting_is_the_stock_pipelines(arguments, stock, ours):
+def test_dynamic_shifting_is_the_stock_pipelines(arguments, stock, ours, plain):
     config = {"use_dynamic_shifting": True, "base_image_seq_len": 4, "max_image_seq_len": 64}
     images = images_of(with_scheduler(stock, **config), with_scheduler(ours, **config), **arguments)
-    assert not torch.equal(images, ours(**settings()).images)
+    assert not torch.equal(images, plain)
 
 
 @pytest.mark.parametrize("part", ["transformer", "text_encoder"])
-def test_lora_scale_of_joint_attention_kwargs_is_heard(part, stock, ours):
+def test_lora_scale_of_joint_attention_kwargs_is_heard(part, stock, ours, plain):
     if part == "transformer":
         config, state_dict = random_lora(scale=0.3)
     else:
@@ -222,7 +227,7 @@ def test_lora_scale_of_joint_attention_kwargs_is_heard(part, stock, ours):
     images = [images_of(*pipes, joint_attention_kwargs=kwargs) for kwargs in (None, {"scale": 0.5}, {"scale": 0.0})]
     assert not torch.equal(images[0], images[1])
     assert not torch.equal(images[1], images[2])
-    assert torch.equal(images[2], ours(**settings()).images)
+    assert torch.equal(images[2], plain)
 
 
 @pytest.mark.parametrize("output_type", ["pil", "np", "latent"])
@@ -330,12 +335,12 @@ def test_a_callback_has_the_effect_it_has_in_the_stock_pipeline(callback, tensor
 
 
 def test_latents_that_a_callback_returns_are_the_next_state(ours):
-    plain, changed = ours(**settings()), ours(**settings(callback_on_step_end=replace_latents))
-    assert torch.equal(changed.latents[:, :2], plain.latents[:, :2])
-    assert torch.equal(changed.latents[:, 2], plain.latents[:, 2] * 0.5 + 0.1)
+    untouched, changed = ours(**settings()), ours(**settings(callback_on_step_end=replace_latents))
+    assert torch.equal(changed.latents[:, :2], untouched.latents[:, :2])
+    assert torch.equal(changed.latents[:, 2], untouched.latents[:, 2] * 0.5 + 0.1)
     # The transition that was taken is still the solver's.
-    assert torch.equal(changed.means[:, :2], plain.means[:, :2])
-    assert not torch.equal(changed.means[:, 2], plain.means[:, 2])
+    assert torch.equal(changed.means[:, :2], untouched.means[:, :2])
+    assert not torch.equal(changed.means[:, 2], untouched.means[:, 2])
 
 
 @pytest.mark.parametrize("noise_level", [0.0, 0.7])
@@ -411,9 +416,9 @@ def test_a_rollout_without_noise_goes_from_mean_to_mean(solver, ours):
 
 
 @pytest.mark.parametrize("solver", ["dance", "cps", "ddim", "dpm1"])
-def test_first_order_solvers_without_noise_agree(solver, stock, ours):
+def test_first_order_solvers_without_noise_agree(solver, ours, plain):
     images = ours(**settings(), solver=solver).images
-    torch.testing.assert_close(images, stock(**settings()).images, rtol=0, atol=1e-4)
+    torch.testing.assert_close(images, plain, rtol=0, atol=1e-4)
 
 
 def test_dpm2_is_another_solver(stock, ours):
@@ -475,12 +480,12 @@ def test_with_its_own_generator_an_image_is_the_same_in_any_batch(ours):
     assert (together.latents[0] - together.latents[1]).abs().max() > 0.1
 
 
-def test_noise_changes_the_images(stock, ours):
+def test_noise_changes_the_images(ours, plain):
     arguments = settings(noise_level=0.7)
     images = [ours(**arguments, generator=torch.Generator().manual_seed(seed)).images for seed in (0, 0, 1)]
     assert torch.equal(images[0], images[1])
     assert (images[0] - images[2]).abs().max() > 0.05
-    assert (images[0] - stock(**settings()).images).abs().max() > 0.05
+    assert (images[0] - plain).abs().max() > 0.05
 
 
 @pytest.fixture(scope="module")
@@ -584,8 +589,7 @@ def test_from_pipe_shares_every_component(stock, ours):
         assert ours.components[name] is component, name
 
 
-def test_a_saved_pipeline_loads_as_either_class(tmp_path, stock, ours):
-    expected = stock(**settings()).images
+def test_a_saved_pipeline_loads_as_either_class(tmp_path, stock, ours, plain):
     for number, (saved, loaded_as) in enumerate(
         [(stock, StableDiffusion3SDEPipeline), (ours, StableDiffusion3SDEPipeline), (ours, StableDiffusion3Pipeline)]
     ):
@@ -593,7 +597,7 @@ def test_a_saved_pipeline_loads_as_either_class(tmp_path, stock, ours):
         saved.save_pretrained(folder)
         loaded = quiet(loaded_as.from_pretrained(folder))
         assert type(loaded) is loaded_as
-        assert torch.equal(loaded(**settings()).images, expected)
+        assert torch.equal(loaded(**settings()).images, plain)
 
 
 def test_call_has_every_parameter_of_the_stock_pipeline_and_two_more():

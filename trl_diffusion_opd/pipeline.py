@@ -173,7 +173,7 @@ class StableDiffusion3SDEPipeline(StableDiffusion3Pipeline):
         # 6. Denoising loop
         def velocity(sample: torch.Tensor, index: int) -> torch.Tensor:
             prediction = predict(self.transformer, sample, timesteps[index], embeds, pooled, attention_kwargs)
-            guided = apply_guidance(prediction, guidance_scale)
+            guided = apply_guidance(prediction, self.guidance_scale)  # a callback may have changed it
             start, stop = (len(schedule) * f for f in (skip_layer_guidance_start, skip_layer_guidance_stop))
             if skip_guidance_layers is None or not (self.do_classifier_free_guidance and start < index < stop):
                 return guided
@@ -185,7 +185,7 @@ class StableDiffusion3SDEPipeline(StableDiffusion3Pipeline):
                 attention_kwargs,
                 skip_layers=skip_guidance_layers,
             )
-            return guided + skip_layer_guidance_scale * (prediction.chunk(2)[1] - skipped)
+            return guided + self._skip_layer_guidance_scale * (prediction.chunk(2)[1] - skipped)
 
         steps = denoise(velocity, latents, schedule, solver=solver, noise_level=noise_level, generator=generator)
         states, means, log_probs, stds = [latents.float()], [], [], []

@@ -12,7 +12,6 @@ from torch import nn
 if TYPE_CHECKING:
     from .opd_trainer import DiffusionOPDTrainer
 
-_GB = 1e9
 
 
 def describe_plan(trainer: "DiffusionOPDTrainer") -> str:
@@ -44,9 +43,9 @@ def describe_plan(trainer: "DiffusionOPDTrainer") -> str:
         f"them trained ({objective})",
         f"rounds     {rounds:,} of {sampler.prompts_per_round * processes} images on {processes} process(es); "
         f"{sampler.rounds_per_epoch:,} rounds see every prompt once",
-        f"memory     about {sum(memory_estimate(trainer).values()) / _GB:.1f} GB per process: "
-        + ", ".join(f"{name} {size / _GB:.2f}" for name, size in memory_estimate(trainer).items()),
-        f"disk       {checkpoint_bytes(trainer) / _GB:.3f} GB per checkpoint in {args.output_dir}",
+        f"memory     about {_size(sum(memory_estimate(trainer).values()))} per process: "
+        + ", ".join(f"{name} {_size(size)}" for name, size in memory_estimate(trainer).items()),
+        f"disk       {_size(checkpoint_bytes(trainer))} per checkpoint in {args.output_dir}",
     ]
     return "\n".join(lines)
 
@@ -93,8 +92,8 @@ def check_disk(trainer: "DiffusionOPDTrainer") -> None:
     free = shutil.disk_usage(Path(args.output_dir)).free
     if free < needed:
         raise OSError(
-            f"`output_dir` {args.output_dir!r} is on a disk with {free / _GB:.2f} GB free, but checkpoints need "
-            f"{needed / _GB:.2f} GB. Free some, choose another `output_dir`, or lower `save_total_limit`."
+            f"`output_dir` {args.output_dir!r} is on a disk with {_size(free)} free, but checkpoints need "
+            f"{_size(needed)}. Free some, choose another `output_dir`, or lower `save_total_limit`."
         )
 
 
@@ -108,3 +107,7 @@ def _count(parameters: list[nn.Parameter]) -> int:
 
 def _bytes(module: nn.Module) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"

@@ -102,7 +102,8 @@ def make_trainer(
     def locate(value: Any) -> Any:
         if not isinstance(value, str) or recipe is None or Path(value).exists():
             return value
-        return str(recipe.parent / value) if (recipe.parent / value).exists() else value
+        found = (recipe.parent / value).resolve()
+        return str(found) if found.exists() else value
 
     def locate_teacher(teacher: Any) -> Any:
         if isinstance(teacher, dict):

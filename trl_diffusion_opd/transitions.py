@@ -76,7 +76,7 @@ class Transition:
             `torch.Tensor` of shape `[B, ...]`.
         """
         if self.std == 0:
-            return self.mean
+            return self.mean.clone()  # it may be edited in place
         return self.mean + self.std * draw_noise(self.mean, generator)
 
     def log_prob(self, next_sample: torch.Tensor) -> torch.Tensor:
