@@ -74,7 +74,9 @@ def test_resuming_after_sigkill_is_bit_identical(tmp_path):
         output, _ = process.communicate(timeout=240)
         assert process.returncode == 0, output
     assert "step 3" in output and "step 1\n" not in output
-    weights = [load_file(tmp_path / run / "out" / "pytorch_lora_weights.safetensors") for run in ("straight", "killed")]
+    weights = [
+        load_file(tmp_path / run / "out" / "pytorch_lora_weights.safetensors") for run in ("straight", "killed")
+    ]
     assert_same(*weights)
 
 
@@ -156,7 +158,10 @@ def test_resuming_with_other_tasks_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"peft_config": small_lora(r=2, target_modules=["attn.to_q", "attn.to_v"])}, "wrong shapes|another LoRA config"),
+        (
+            {"peft_config": small_lora(r=2, target_modules=["attn.to_q", "attn.to_v"])},
+            "wrong shapes|another LoRA config",
+        ),
         ({"ema_decay": 0.9}, "saved without a moving average, but `ema_decay` is 0.9"),
     ],
 )
@@ -259,7 +264,9 @@ def test_too_little_disk_is_refused_at_start_up(tmp_path, monkeypatch):
 
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(OSError, match="is on a disk with 0.0 MB free, but checkpoints need .* lower `save_total_limit`"):
+    with pytest.raises(
+        OSError, match="is on a disk with 0.0 MB free, but checkpoints need .* lower `save_total_limit`"
+    ):
         make_trainer(tmp_path, **SAVING_RUN)
 
 

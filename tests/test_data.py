@@ -25,7 +25,12 @@ def test_text_and_json_files(tmp_path):
 def test_all_forms_of_a_tasks_prompts(tmp_path):
     (tmp_path / "a.txt").write_text("one\ntwo\n")
     data = task_datasets(
-        {"file": tmp_path / "a.txt", "list": ["x"], "rows": [{"prompt": "y", "tag": 1}], "set": Dataset.from_list([{"prompt": "z"}])},
+        {
+            "file": tmp_path / "a.txt",
+            "list": ["x"],
+            "rows": [{"prompt": "y", "tag": 1}],
+            "set": Dataset.from_list([{"prompt": "z"}]),
+        },
         [],
     )
     assert {task: rows["prompt"] for task, rows in data.items()} == {
@@ -131,12 +136,8 @@ def test_embeddings_are_those_of_the_pipeline(pipeline):
     embeds, negative, pooled, negative_pooled = pipeline.encode_prompt(prompts, None, None, max_sequence_length=16)
     torch.testing.assert_close(conditioning.prompt_embeds, embeds, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(conditioning.pooled_prompt_embeds, pooled, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(
-        conditioning.batch(2.0)[0], torch.cat([negative, embeds]), rtol=1e-5, atol=1e-6
-    )
-    torch.testing.assert_close(
-        conditioning.batch(2.0)[1], torch.cat([negative_pooled, pooled]), rtol=1e-5, atol=1e-6
-    )
+    torch.testing.assert_close(conditioning.batch(2.0)[0], torch.cat([negative, embeds]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(conditioning.batch(2.0)[1], torch.cat([negative_pooled, pooled]), rtol=1e-5, atol=1e-6)
     assert conditioning.batch(1.0)[0] is conditioning.prompt_embeds
 
 

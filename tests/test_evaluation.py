@@ -8,11 +8,11 @@ import PIL.Image
 import pytest
 import torch
 
+from trl_diffusion_opd.adapters import use_adapter
 from trl_diffusion_opd.comparison import compare, format_table, gains, save_results
 from trl_diffusion_opd.evaluation import evaluation_batch
 from trl_diffusion_opd.figures import draw_curves, image_grid
 from trl_diffusion_opd.objectives import step_divergence
-from trl_diffusion_opd.teachers import use_adapter
 
 from .runs import PROMPTS, make_teachers, make_trainer, student_state
 from .tiny import random_lora, save_diffusers_lora, tiny_transformer

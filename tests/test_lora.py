@@ -12,15 +12,8 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from trl_diffusion_opd.lora import (
-    LoraWeights,
-    add_lora,
-    load_lora_into,
-    lora_scaling,
-    lora_state_dict,
-    read_lora,
-    save_lora,
-)
+from trl_diffusion_opd.lora import add_lora, load_lora_into, lora_scaling, lora_state_dict, save_lora
+from trl_diffusion_opd.lora_files import LoraWeights, read_lora
 
 from .tiny import (
     SD3_TARGETS,

@@ -8,7 +8,8 @@ import torch
 from datasets import Dataset
 
 from trl_diffusion_opd import TeacherConfig
-from trl_diffusion_opd.teachers import teacher_fingerprint, use_adapter
+from trl_diffusion_opd.adapters import use_adapter
+from trl_diffusion_opd.teachers import teacher_fingerprint
 
 from .runs import PROMPTS, make_teachers, make_trainer, small_lora, student_state
 from .tiny import random_lora, save_diffusers_lora, tiny_pipeline, tiny_transformer
@@ -209,7 +210,9 @@ def test_gradient_accumulation_equals_a_larger_batch(tmp_path):
     assert [len(values) for values in losses] == [3, 3]
 
 
-@pytest.mark.parametrize("solver, noise_level", [("flow", 0.7), ("dance", 0.3), ("ddim", 0.5), ("cps", 0.5), ("dpm2", 0.0)])
+@pytest.mark.parametrize(
+    "solver, noise_level", [("flow", 0.7), ("dance", 0.3), ("ddim", 0.5), ("cps", 0.5), ("dpm2", 0.0)]
+)
 def test_every_solver_trains(tmp_path, solver, noise_level):
     trainer = make_trainer(tmp_path, solver=solver, noise_level=noise_level, max_steps=2)
     before = student_state(trainer)

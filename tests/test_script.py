@@ -30,7 +30,9 @@ def recipe(tmp_path):
     make_teachers(folder)
     for task, prompts in PROMPTS.items():
         (folder / f"{task}.txt").write_text("\n".join(prompts))
-    (folder / "rewards.py").write_text("def dark(images, prompts, **columns):\n    return [-float(i.mean()) for i in images]\n")
+    (folder / "rewards.py").write_text(
+        "def dark(images, prompts, **columns):\n    return [-float(i.mean()) for i in images]\n"
+    )
     content = {
         "model_name_or_path": "base",
         "teachers": {"count": "count", "scene": {"name_or_path": "scene", "guidance_scale": 1.0}},
@@ -72,7 +74,14 @@ def test_a_recipe_trains_compares_and_tells_where_everything_is(recipe, tmp_path
 def test_a_dry_run_prints_the_plan_and_trains_nothing(recipe, tmp_path, capsys):
     main(argv=["--config", str(recipe), "--dry_run"])
     out = capsys.readouterr().out
-    for part in ("base ", "count ", "5 prompts (5 held out)", "guidance 1", "2 of them trained", "rounds     2 of 4 images"):
+    for part in (
+        "base ",
+        "count ",
+        "5 prompts (5 held out)",
+        "guidance 1",
+        "2 of them trained",
+        "rounds     2 of 4 images",
+    ):
         assert part in out, out
     assert not (tmp_path / "out" / "pytorch_lora_weights.safetensors").exists()
 
@@ -83,7 +92,9 @@ def test_the_published_recipe_passes_on_a_local_model_with_peft_teachers(tmp_pat
     for seed, task in enumerate(("aesthetic", "ocr", "geneval")):
         save_peft_lora(tmp_path / task / "lora", *random_lora(rank=8, alpha=16, seed=seed))
         scale = 1.0 if task == "geneval" else 4.5
-        teachers.append({"task": task, "name_or_path": str(tmp_path / task), "subfolder": "lora", "guidance_scale": scale})
+        teachers.append(
+            {"task": task, "name_or_path": str(tmp_path / task), "subfolder": "lora", "guidance_scale": scale}
+        )
         (tmp_path / f"{task}.jsonl").write_text('{"prompt": "a red circle"}\n{"prompt": "a boat"}\n')
         datasets[task] = str(tmp_path / f"{task}.jsonl")
     arguments = {

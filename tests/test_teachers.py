@@ -13,16 +13,10 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from trl_diffusion_opd.adapters import base_only, use_adapter
 from trl_diffusion_opd.lora import lora_state_dict
-from trl_diffusion_opd.teachers import (
-    TeacherConfig,
-    base_only,
-    check_tasks,
-    load_teachers,
-    normalize_teachers,
-    teacher_fingerprint,
-    use_adapter,
-)
+from trl_diffusion_opd.teacher_config import TeacherConfig, check_tasks, normalize_teachers
+from trl_diffusion_opd.teachers import load_teachers, teacher_fingerprint
 
 from .tiny import (
     SD3_TARGETS,

@@ -13,7 +13,7 @@ _MODULES = {
     "DiffusionOPDTrainer": "opd_trainer",
     "StableDiffusion3SDEPipeline": "pipeline",
     "StableDiffusion3SDEPipelineOutput": "pipeline_output",
-    "TeacherConfig": "teachers",
+    "TeacherConfig": "teacher_config",
 }
 
 __all__ = [*_MODULES, "__version__"]
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .opd_trainer import DiffusionOPDTrainer as DiffusionOPDTrainer
     from .pipeline import StableDiffusion3SDEPipeline as StableDiffusion3SDEPipeline
     from .pipeline_output import StableDiffusion3SDEPipelineOutput as StableDiffusion3SDEPipelineOutput
-    from .teachers import TeacherConfig as TeacherConfig
+    from .teacher_config import TeacherConfig as TeacherConfig
 
 
 def __getattr__(name: str):

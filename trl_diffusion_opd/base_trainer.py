@@ -19,6 +19,7 @@ from torch import nn
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import speed_metrics
 
+from .adapters import base_only, use_adapter
 from .callbacks import CurvesCallback, EMACallback, ImageGridCallback
 from .config import DiffusionOPDConfig
 from .data import RoundSampler, TaskBatch, task_datasets
@@ -28,7 +29,6 @@ from .evaluation import RewardFunc, normalize_reward_funcs, score_policy
 from .loading import STUDENT, add_student, load_pipeline
 from .plan import check_disk
 from .prompts import PromptEncoder
-from .teachers import base_only, use_adapter
 from .upstream import LoraTrainer
 from .velocity import Conditioning, VelocityModel
 
@@ -194,7 +194,9 @@ class DiffusionTrainer(LoraTrainer):
             with self.accelerator.autocast():
                 yield policy.model
         else:
-            switch = use_adapter(self.transformer, *policy.adapters) if policy.adapters else base_only(self.transformer)
+            switch = (
+                use_adapter(self.transformer, *policy.adapters) if policy.adapters else base_only(self.transformer)
+            )
             with switch:
                 yield self.model
 

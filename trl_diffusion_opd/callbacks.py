@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import PIL.Image
 import torch
+from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
@@ -66,14 +67,16 @@ class ImageGridCallback(TrainerCallback):
         batches = []
         for task in trainer.datasets:
             data = trainer.eval_datasets.get(task, trainer.datasets[task])
-            positions = list(range(min(args.num_grid_prompts, len(data))))
+            count = min(args.num_grid_prompts, len(data))
+            positions = [index * len(data) // count for index in range(count)]  # spread over the set
             batches.append(
                 evaluation_batch(data, task, positions, seed=args.seed, column=args.prompt_column, purpose="grid")
             )
             rows += [f"{task}: {prompt}" for prompt in batches[-1].prompts]
         trainer.grid_prompts.prepare("grid", lambda: [prompt for batch in batches for prompt in batch.prompts])
         with on_device((trainer.pipeline.vae,), trainer.accelerator.device), trainer.student_weights(average=True):
-            for policy in trainer.policies():
+            policies = trainer.policies()
+            for policy in tqdm(policies, desc="Drawing images", disable=args.disable_tqdm, leave=False):
                 images = self._unchanging.get(policy.name)
                 if images is None:
                     images = [image for batch in batches for image in trainer.sample_images(policy, batch)]

@@ -20,7 +20,8 @@ from .data import TaskBatch
 from .denoising import denoise
 from .evaluation import RewardFunc
 from .objectives import step_divergence
-from .teachers import check_tasks, load_teachers, normalize_teachers
+from .teacher_config import check_tasks, normalize_teachers
+from .teachers import load_teachers
 from .velocity import Conditioning, VelocityModel
 
 

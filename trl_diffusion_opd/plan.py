@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from .opd_trainer import DiffusionOPDTrainer
 
 
-
 def describe_plan(trainer: "DiffusionOPDTrainer") -> str:
     """Tasks, teachers, rounds and an estimate of the memory, as text."""
     args, sampler = trainer.args, trainer.sampler

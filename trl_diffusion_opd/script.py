@@ -156,7 +156,8 @@ def train(script_args: ScriptArguments, training_args: DiffusionOPDConfig, recip
         return
     resume = training_args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
-    trainer.save_model()
+    # "Internal", or upstream would push here too, before there are results
+    trainer.save_model(training_args.output_dir, _internal_call=True)
     trainer.create_model_card()
     output_dir = Path(training_args.output_dir)
     if script_args.compare:
