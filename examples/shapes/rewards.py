@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Rules that score pictures of the Shapes world against their prompts.
+
+Each of `REWARDS` takes a float tensor of pictures in [0, 1], batch x 3 x height x width, and the prompts, and returns
+one score a picture. `geneval` and `ocr` give 0 or 1: everything asked for must be there and nothing else. `aesthetic`
+lies in [0, 1]: colour and contrast, times how well the prompt's thing can be made out.
+"""
+
+import colorsys
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from .render import GLYPHS, LETTER_HEIGHT, LETTER_WIDTH, scene_picture
+from .world import COLOURS, LETTERS, NOUNS, SIZE, Counting, Scene, parse
+
+
+try:
+    from scipy import ndimage
+except ImportError as error:
+    raise ImportError("The rewards of the Shapes world need scipy. Install it with `pip install scipy`.") from error
+
+
+def _to_numpy(images: Any) -> np.ndarray:
+    """Pictures as float32, batch x height x width x RGB."""
+    array = images.detach().float().cpu().numpy() if hasattr(images, "detach") else np.asarray(images, np.float32)
+    if array.ndim != 4 or array.shape[1:] != (3, SIZE, SIZE):
+        raise ValueError(f"`images` must have the shape (batch, 3, {SIZE}, {SIZE}) but has {array.shape}.")
+    return np.ascontiguousarray(array.transpose(0, 2, 3, 1))
+
+
+# Composition
+MIN_CHROMA = 0.2  # a pixel belongs to an object if its largest and smallest channel differ by more
+MIN_AREA = 9  # smaller specks are overlooked
+MIN_OFFSET = 3  # pixels by which one object must be left of or above the other
+HUES = {name: colorsys.rgb_to_hsv(*rgb)[0] for name, rgb in COLOURS.items()}
+
+
+def _colour_name(rgb: np.ndarray) -> str:
+    hue = colorsys.rgb_to_hsv(*rgb)[0]
+    return min(HUES, key=lambda name: abs((hue - HUES[name] + 0.5) % 1 - 0.5))
+
+
+def _shape_name(coverage: np.ndarray) -> str:
+    """Tell a shape by how much of its bounding box it fills, and by how wide its top and its bottom are."""
+    widths = coverage.sum(1)
+    fill = widths.sum() / (widths.max() * coverage.sum(0).max())
+    third = max(1, len(widths) // 3)
+    if fill < 0.8 and widths[:third].mean() < 0.62 * widths[-third:].mean():
+        return "triangle"
+    return "square" if fill > 0.89 else "circle"
+
+
+def find_objects(picture: np.ndarray) -> list[tuple[str, str, float, float]]:
+    """Colour, shape, and centre (x, y) of every coloured object on a neutral ground."""
+    chroma = picture.max(-1) - picture.min(-1)
+    labels, _ = ndimage.label(chroma > MIN_CHROMA)
+    found = []
+    for index, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
+        mask = labels[rows, columns] == index
+        if mask.sum() < MIN_AREA:
+            continue
+        inside = chroma[rows, columns] * mask
+        coverage = np.clip(inside / np.percentile(inside[mask], 75), 0, 1)
+        ys, xs = np.nonzero(mask)
+        colour = _colour_name(picture[rows, columns][mask].mean(0))
+        found.append((colour, _shape_name(coverage), columns.start + xs.mean(), rows.start + ys.mean()))
+    return found
+
+
+def geneval(images: Any, prompts: list[str], **columns: Any) -> list[float]:
+    """1 for a picture with exactly the objects asked for, in the places asked for."""
+    return [_is_composed(picture, prompt) for picture, prompt in zip(_to_numpy(images), prompts, strict=True)]
+
+
+def _is_composed(picture: np.ndarray, prompt: str) -> float:
+    subject, objects = parse(prompt), find_objects(picture)
+    if isinstance(subject, Counting):
+        wanted = (subject.colour, subject.shape)
+        return float(len(objects) == subject.count and all(found[:2] == wanted for found in objects))
+    wanted = [(subject.colour, subject.shape), (subject.other_colour, subject.other_shape)]
+    objects.sort(key=lambda found: found[:2] != wanted[0])
+    if [found[:2] for found in objects] != wanted:
+        return 0.0
+    axis = 2 if subject.relation == "left of" else 3
+    return float(objects[1][axis] - objects[0][axis] > MIN_OFFSET)
+
+
+# Text
+MIN_MATCH = 0.55  # correlation with a glyph below which nothing can be read
+READING_FLOOR = 1.0  # added to the norm of a window, so that faint marks do not count as letters
+_glyphs = np.stack([GLYPHS[letter] - GLYPHS[letter].mean() for letter in LETTERS]).reshape(len(LETTERS), -1)
+_glyphs = (_glyphs / np.linalg.norm(_glyphs, axis=1, keepdims=True)).astype(np.float32)
+
+
+def read_text(pictures: np.ndarray) -> list[str]:
+    """The dark letter in the left and the one in the right half of every picture; "?" where there is none."""
+    windows = np.lib.stride_tricks.sliding_window_view(1 - pictures.mean(-1), (LETTER_HEIGHT, LETTER_WIDTH), (1, 2))
+    batch, rows, columns = windows.shape[:3]
+    windows = windows.reshape(batch, rows, columns, -1)
+    spread = np.sqrt(windows.var(-1) * windows.shape[-1])
+    match = windows @ _glyphs.T / (spread + READING_FLOOR)[..., None]
+    text = [""] * batch
+    for half in (match[:, :, : columns // 2], match[:, :, columns // 2 + 1 :]):
+        best = half.max((1, 2))
+        for index, scores in enumerate(best):
+            text[index] += LETTERS[scores.argmax()] if scores.max() > MIN_MATCH else "?"
+    return text
+
+
+def ocr(images: Any, prompts: list[str], **columns: Any) -> list[float]:
+    """1 for a picture in which both letters are the right ones."""
+    wanted = ["".join(parse(prompt)) for prompt in prompts]
+    return [float(text == letters) for text, letters in zip(read_text(_to_numpy(images)), wanted, strict=True)]
+
+
+# Beauty
+FULL_COLOUR, FULL_CONTRAST = 0.46, 0.28  # colourfulness and contrast that earn all points
+NO_LIKENESS, FULL_LIKENESS = 0.35, 0.75  # correlations at which a thing cannot, and can perfectly, be made out
+VIEW_FLOOR = 0.1  # added to the norm of a view, so that an empty picture is like nothing
+VIEW = (22, 17)  # height and width of the view on a thing: it begins 18 rows above the horizon
+
+
+@lru_cache
+def _views(time: str) -> np.ndarray:
+    """What the things look like at one time of day: a column a noun, without its mean colour, of unit length."""
+    x, horizon = SIZE / 2, 24.0
+    top, left = round(horizon) - 18, round(x) - VIEW[1] // 2
+    pictures = [scene_picture(Scene(noun, time), x, horizon) for noun in NOUNS]
+    views = [picture[top : top + VIEW[0], left : left + VIEW[1]] for picture in pictures]
+    flat = np.stack([(view - view.mean((0, 1))).reshape(-1) for view in views], axis=1)
+    return (flat / np.linalg.norm(flat, axis=0)).astype(np.float32)
+
+
+def likeness(pictures: np.ndarray, time: str) -> np.ndarray:
+    """Best correlation of every picture (rows) with every noun (columns) over the places where a thing can stand."""
+    places = pictures[:, 3 : 8 + VIEW[0], 2 : 15 + VIEW[1]]
+    windows = np.lib.stride_tricks.sliding_window_view(places, VIEW, (1, 2))  # batch, rows, columns, RGB, *VIEW
+    batch, rows, columns = windows.shape[:3]
+    windows = windows.transpose(0, 1, 2, 4, 5, 3).reshape(batch * rows * columns, -1)
+    channels = np.tile(np.eye(3, dtype=np.float32), (VIEW[0] * VIEW[1], 1))
+    products = windows @ np.concatenate([_views(time), channels], axis=1)
+    match, sums = products[:, : len(NOUNS)], products[:, len(NOUNS) :]
+    squares = np.einsum("ij,ij->i", windows, windows) - (sums**2).sum(1) / (VIEW[0] * VIEW[1])
+    match = match / (np.sqrt(np.maximum(squares, 0)) + VIEW_FLOOR)[:, None]
+    return match.reshape(batch, rows * columns, -1).max(1)
+
+
+def colour_and_contrast(pictures: np.ndarray) -> np.ndarray:
+    """Half a point for colourfulness (Hasler and Suesstrunk, 2003), half a point for contrast."""
+    red, green, blue = np.moveaxis(pictures, -1, 0).reshape(3, len(pictures), -1)
+    red_green, yellow_blue = red - green, (red + green) / 2 - blue
+    spread = np.hypot(red_green.std(-1), yellow_blue.std(-1))
+    colourfulness = spread + 0.3 * np.hypot(red_green.mean(-1), yellow_blue.mean(-1))
+    contrast = pictures.mean(-1).std((1, 2))
+    return np.minimum(colourfulness / FULL_COLOUR, 1) / 2 + np.minimum(contrast / FULL_CONTRAST, 1) / 2
+
+
+def aesthetic(images: Any, prompts: list[str], **columns: Any) -> list[float]:
+    """Colour and contrast, times how clearly the thing stands out; halved if it looks more like another thing."""
+    pictures, scenes = _to_numpy(images), [parse(prompt) for prompt in prompts]
+    scores = colour_and_contrast(pictures)
+    for time in {scene.time for scene in scenes}:
+        rows = [index for index, scene in enumerate(scenes) if scene.time == time]
+        wanted = [NOUNS.index(scenes[index].noun) for index in rows]
+        match = likeness(pictures[rows], time)
+        clarity = (match[range(len(rows)), wanted] - NO_LIKENESS) / (FULL_LIKENESS - NO_LIKENESS)
+        scores[rows] *= np.clip(clarity, 0, 1) * np.where(match.argmax(1) == wanted, 1.0, 0.5)
+    return scores.tolist()
+
+
+REWARDS: dict[str, Callable[..., list[float]]] = {"geneval": geneval, "ocr": ocr, "aesthetic": aesthetic}
