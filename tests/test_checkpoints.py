@@ -27,7 +27,13 @@ def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor])
     assert all(tensor.equal(second[name]) for name, tensor in first.items())
 
 
-@pytest.mark.parametrize("settings", [{}, {"ema_decay": 0.9, "ema_update_every": 2, "prompt_cache_size": 5}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gradient_accumulation_steps": 2},
+        {"ema_decay": 0.9, "ema_update_every": 2, "prompt_cache_size": 5, "noise_level": 0.5},
+    ],
+)
 def test_resuming_continues_bit_identically(tmp_path, settings):
     (tmp_path / "a").mkdir()
     straight = make_trainer(tmp_path / "a", **SAVING_RUN, **settings)
@@ -92,7 +98,7 @@ def test_checkpoints_appear_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "_save_rng_state", watch)
     trainer.train()
     assert seen == [[], ["checkpoint-2"], ["checkpoint-2", "checkpoint-4"]]
-    assert not (tmp_path / "out" / ".staging").exists()
+    assert not (tmp_path / "out" / "_staging").exists()
 
 
 def test_a_failure_while_saving_leaves_the_last_checkpoint(tmp_path, monkeypatch):
@@ -171,6 +177,20 @@ def test_resuming_with_another_student_is_refused(tmp_path, change, message):
         make_trainer(tmp_path, **SAVING_RUN, **change).train(resume_from_checkpoint=True)
 
 
+def test_a_checkpoint_without_its_optimizer_is_refused(tmp_path):
+    make_trainer(tmp_path, save_only_model=True, **SAVING_RUN).train()
+    with pytest.raises(ValueError, match="it has no 'optimizer.pt'.* saved without `save_only_model`"):
+        make_trainer(tmp_path, **SAVING_RUN).train(resume_from_checkpoint=True)
+
+
+def test_rotation_keeps_the_new_checkpoint_beside_one_of_an_older_run(tmp_path):
+    old = tmp_path / "out" / "checkpoint-300"
+    old.mkdir(parents=True)
+    os.utime(old, (1_000_000, 1_000_000))
+    make_trainer(tmp_path, save_total_limit=1, **SAVING_RUN).train()
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-6"]
+
+
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="There is no checkpoint in .*it has no 'pytorch_lora_weights.safetensors'"):
@@ -180,7 +200,13 @@ def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
 def test_saved_files_hold_the_student_alone_and_no_token(tmp_path):
     token = "hf_" + "s3cret" * 5
     trainer = make_trainer(
-        tmp_path, hub_token=token, model_init_kwargs={"token": token}, ema_decay=0.5, ema_update_every=1, **SAVING_RUN
+        tmp_path,
+        hub_token=token,
+        model_init_kwargs={"token": token},
+        report_to=["tensorboard"],  # whose files hold the settings, and are pushed
+        ema_decay=0.5,
+        ema_update_every=1,
+        **SAVING_RUN,
     )
     trainer.train()
     trainer.save_model()

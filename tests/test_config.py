@@ -39,7 +39,7 @@ def test_constructing_it_warns_about_nothing(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         config = make(tmp_path)
-    assert config.activation_checkpointing is True
+    assert config.activation_checkpointing is True and config.ddp_broadcast_buffers is False
 
 
 def test_published_defaults(tmp_path):
@@ -78,6 +78,8 @@ def test_a_machine_without_bfloat16_gets_none(tmp_path):
         ({"height": 0}, "`height` must be positive"),
         ({"task_weights": {"ocr": 0.5}}, "`task_weights\\['ocr'\\]` must be a whole number of batches"),
         ({"task_weights": {"ocr": True}}, "must be a whole number of batches"),
+        ({"auto_find_batch_size": True}, "`auto_find_batch_size` is not supported"),
+        ({"bf16_full_eval": True}, "are not supported: evaluation runs in the precision of training"),
         ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "DeepSpeed and FSDP are not supported"),
     ],
 )

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prompt sets and the samples of a round."""
 
+import functools
+import http.server
 import json
+import threading
 from collections import Counter
 
 import pytest
@@ -22,6 +25,20 @@ def test_text_and_json_files(tmp_path):
     assert rows["prompt"] == ["x", "y"] and rows["tag"] == [0, 1]
 
 
+def test_files_at_an_address(tmp_path):
+    (tmp_path / "a.txt").write_text("a red circle\ntwo squares\n")
+    (tmp_path / "b.jsonl").write_text('{"prompt": "x", "include": [{"class": "dog", "count": 2}]}\n')
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        assert load_prompts(f"{address}/a.txt")["prompt"] == ["a red circle", "two squares"]
+        assert load_prompts(f"{address}/b.jsonl?download=true")[0]["include"] == [{"class": "dog", "count": 2}]
+        with pytest.raises(OSError):
+            load_prompts(f"{address}/missing.txt")
+        server.shutdown()
+
+
 def test_all_forms_of_a_tasks_prompts(tmp_path):
     (tmp_path / "a.txt").write_text("one\ntwo\n")
     data = task_datasets(
@@ -31,7 +48,7 @@ def test_all_forms_of_a_tasks_prompts(tmp_path):
             "rows": [{"prompt": "y", "tag": 1}],
             "set": Dataset.from_list([{"prompt": "z"}]),
         },
-        [],
+        None,
     )
     assert {task: rows["prompt"] for task, rows in data.items()} == {
         "file": ["one", "two"],
@@ -53,6 +70,8 @@ def test_all_forms_of_a_tasks_prompts(tmp_path):
         (DatasetDict(train=Dataset.from_list([{"prompt": "x"}])), "is a dictionary of splits \\(train\\). Choose one"),
         ({"a": IterableDataset.from_generator(lambda: iter([{"prompt": "x"}]))}, "is a streaming dataset"),
         (["x"], "must be a dictionary from task to prompts"),
+        ({"b": ["x"]}, "`train_dataset` names unknown tasks \\['b'\\]. The tasks are \\['a'\\]"),
+        ([{"prompt": "x"}], "one dataset without a `task` column"),
     ],
 )
 def test_what_is_no_prompt_set_is_refused(data, message):
@@ -61,7 +80,7 @@ def test_what_is_no_prompt_set_is_refused(data, message):
 
 
 def sampler(batch_size=2, processes=1, index=0, **kwargs):
-    datasets = task_datasets({"a": [f"a{i}" for i in range(7)], "b": [f"b{i}" for i in range(3)]}, [])
+    datasets = task_datasets({"a": [f"a{i}" for i in range(7)], "b": [f"b{i}" for i in range(3)]}, None)
     return RoundSampler(datasets, batch_size, seed=3, num_processes=processes, process_index=index, **kwargs)
 
 
@@ -150,7 +169,7 @@ def test_a_chunk_replaces_the_one_before_and_is_encoded_once(pipeline):
     for number, names in ((0, ("a red circle", "a boat")), (0, ("a red circle", "a boat")), (1, ("a house",))):
         prompts.prepare(number, chunk(*names))
     assert asked == [("a red circle", "a boat"), ("a house",)]
-    assert list(prompts._embeddings) == ["a house"]
+    assert list(prompts._embeddings) == ["a house", ""], "the negative prompt is always there"
 
 
 def test_text_encoders_are_moved_back_whatever_happens():

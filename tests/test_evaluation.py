@@ -69,6 +69,15 @@ def test_evaluating_does_not_change_training(tmp_path):
         trainer.train()
         states.append(student_state(trainer))
     assert all(tensor.equal(states[1][name]) for name, tensor in states[0].items())
+    trainer.train()  # prepares the evaluation's embeddings
+    before = torch.get_rng_state()
+    trainer.evaluate()
+    assert torch.get_rng_state().equal(before)
+
+
+def test_unknown_tasks_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="`eval_dataset` names unknown tasks \\['nope'\\]"):
+        make_trainer(tmp_path).evaluate({"nope": ["a"]})
 
 
 def test_evaluations_repeat_exactly_and_batching_does_not_matter(tmp_path):
@@ -194,7 +203,7 @@ def test_image_grids_are_drawn_saved_and_reported(tmp_path):
         max_steps=4,
         num_grid_prompts=1,
         eval_strategy="steps",
-        eval_steps=2,
+        eval_steps=3,  # so that the last grid is not that of an evaluation
         eval_dataset=PROMPTS,
         learning_rate=0.1,
         report_to=["tensorboard"],
@@ -202,7 +211,7 @@ def test_image_grids_are_drawn_saved_and_reported(tmp_path):
     )
     trainer.train()
     files = sorted(path.name for path in (tmp_path / "out" / "images").iterdir())
-    assert files == ["step_000002.png", "step_000004.png"]
+    assert files == ["step_000003.png", "step_000004.png"]
     grids = [PIL.Image.open(tmp_path / "out" / "images" / name).convert("RGB") for name in files]
     tile, margin = 96, 6
     columns = [  # base, student, two teachers
@@ -214,7 +223,7 @@ def test_image_grids_are_drawn_saved_and_reported(tmp_path):
     assert len({column[1].tobytes() for column in columns}) == 4
     events = next((tmp_path).rglob("events.out.tfevents*")).parent
     accumulator = EventAccumulator(str(events), size_guidance={"images": 0}).Reload()
-    assert [image.step for image in accumulator.Images("images")] == [2, 4]
+    assert [image.step for image in accumulator.Images("images")] == [3, 4]
     assert "train/kl/count" in accumulator.Tags()["scalars"]
     curves = PIL.Image.open(tmp_path / "out" / "curves.png")
     assert curves.width > 1000 and len(curves.convert("L").getcolors()) > 20

@@ -153,6 +153,7 @@ def test_a_teacher_that_equals_the_student_gives_exactly_zero(tmp_path):
 def test_activation_checkpointing_changes_no_gradient(tmp_path):
     plain = make_trainer(tmp_path, activation_checkpointing=False)
     checkpointed = make_trainer(tmp_path, activation_checkpointing=True)
+    checkpointed.model.activation_checkpointing_enable()  # as `train` does
     assert checkpointed.transformer.is_gradient_checkpointing and not plain.transformer.is_gradient_checkpointing
     expected, gradients = run_round(plain), run_round(checkpointed)
     for name in expected:
@@ -290,11 +291,19 @@ def test_what_is_logged(tmp_path):
     "arguments, message",
     [
         ({"data": {"count": ["a"]}}, "teachers without prompts: \\['scene'\\]"),
-        ({"data": {**PROMPTS, "extra": ["a"]}}, "tasks without a teacher: \\['extra'\\]"),
+        ({"data": {**PROMPTS, "extra": ["a"]}}, "`train_dataset` names unknown tasks \\['extra'\\]"),
         ({"task_weights": {"ocr": 2}}, "`task_weights` names unknown tasks \\['ocr'\\]"),
         ({"eval_dataset": {"ocr": ["a"]}}, "`eval_dataset` names unknown tasks \\['ocr'\\]"),
         ({"reward_funcs": {"ocr": len}}, "`reward_funcs` names the unknown task 'ocr'"),
         ({"reward_funcs": {"count": "ocr"}}, "must be callables"),
+        ({"reward_funcs": {"count": len}}, "tasks that `eval_dataset` has no prompts for: \\['count'\\]"),
+        ({"prompt_cache_size": 3}, "`prompt_cache_size` is 3, but a round of this process has 4 prompts"),
+        ({"peft_config": small_lora(lora_dropout=0.1)}, "has `lora_dropout=0.1`.* Set `lora_dropout=0`"),
+        ({"peft_config": small_lora(init_lora_weights="pissa")}, "the student: .* changes the base weights"),
+        ({"peft_config": small_lora(bias="all")}, "the student: .* trains biases of the base model"),
+        ({"peft_config": small_lora(modules_to_save=["proj_out"])}, "the student: .*modules_to_save"),
+        ({"optimizers": (torch.optim.SGD([torch.zeros(1)], lr=1.0), None)}, "`optimizers` must hold functions"),
+        ({"optimizers": (None, lambda optimizer: None)}, "a scheduler without an optimizer"),
         ({"height": 18}, "`height` must be a multiple of 4 .* but is 18. Use 16"),
         ({"width": 64}, "`width` must be at most 32"),
     ],
@@ -309,3 +318,59 @@ def test_a_pipeline_with_adapters_is_refused(tmp_path):
     pipeline.transformer.add_adapter(small_lora(), adapter_name="mine")
     with pytest.raises(ValueError, match="has adapters already \\(mine\\)"):
         make_trainer(tmp_path, pipeline=pipeline)
+
+
+def test_own_optimizer_and_scheduler(tmp_path):
+    def constant(optimizer):
+        return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+
+    trainer = make_trainer(
+        tmp_path, max_steps=1, optimizers=(lambda parameters: torch.optim.SGD(parameters, lr=2.0), constant)
+    )
+    before = student_state(trainer)
+    gradients = run_round(trainer)
+    trainer.state.global_step = 0
+    trainer.train()
+    norm = torch.stack([gradient.square().sum() for gradient in gradients.values()]).sum().sqrt()
+    assert 0 < norm < 1, "no clipping"
+    for name, tensor in student_state(trainer).items():
+        torch.testing.assert_close(tensor, before[name] - 2.0 * gradients[name], rtol=1e-4, atol=1e-7)
+
+
+def test_nan_gradients_stop_before_they_reach_the_weights(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=3, save_strategy="steps", save_steps=1)
+    poisoned = next(p for n, p in trainer.transformer.named_parameters() if "lora_B.default" in n)
+    poisoned.register_hook(lambda gradient: gradient * float("nan") if trainer.state.global_step == 1 else gradient)
+    with pytest.raises(FloatingPointError, match="The gradient of round 1 has the norm nan"):
+        trainer.train()
+    assert (tmp_path / "out" / "checkpoint-1").is_dir() and not (tmp_path / "out" / "checkpoint-2").exists()
+    assert all(torch.isfinite(tensor).all() for tensor in student_state(trainer).values())
+
+
+def test_epochs_count_passes_over_the_largest_task(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=-1, num_train_epochs=2)
+    trainer.train()
+    assert trainer.state.global_step == 2 * math.ceil(5 / 2)
+    assert trainer.state.epoch == 2.0
+
+
+def test_step_time_is_that_of_the_whole_round(tmp_path):
+    trainer = make_trainer(tmp_path, gradient_accumulation_steps=3, max_steps=2)
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    assert entry["images_per_second"] == pytest.approx(3 * 4 / entry["step_time"], rel=1e-5)
+
+
+def test_text_encoders_are_moved_for_each_chunk_and_not_in_between(tmp_path):
+    trainer = make_trainer(tmp_path, prompt_cache_size=4, max_steps=3)
+    moves = []
+    encoder = trainer.pipeline.text_encoder_3
+    to = type(encoder).to
+
+    def watch(device):
+        moves.append((trainer.state.global_step, str(device)))
+        return to(encoder, device)
+
+    encoder.to = watch
+    trainer.train()
+    assert moves == [(step, device) for step in range(3) for device in ("cpu", "cpu")]

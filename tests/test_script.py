@@ -30,15 +30,16 @@ def recipe(tmp_path):
     make_teachers(folder)
     for task, prompts in PROMPTS.items():
         (folder / f"{task}.txt").write_text("\n".join(prompts))
+    (folder / "scene.jsonl").write_text("\n".join(json.dumps({"caption": prompt}) for prompt in PROMPTS["scene"]))
     (folder / "rewards.py").write_text(
         "def dark(images, prompts, **columns):\n    return [-float(i.mean()) for i in images]\n"
     )
     content = {
         "model_name_or_path": "base",
         "teachers": {"count": "count", "scene": {"name_or_path": "scene", "guidance_scale": 1.0}},
-        "datasets": {task: f"{task}.txt" for task in PROMPTS},
+        "datasets": {"count": "count.txt", "scene": {"path": "scene.jsonl", "column": "caption"}},
         "eval_datasets": {task: f"{task}.txt" for task in PROMPTS},
-        "reward_funcs": {"count": f"{folder}/rewards.py:dark", "scene": [f"{folder}/rewards.py:dark"]},
+        "reward_funcs": {"count": "rewards.py:dark", "scene": ["rewards.py:dark"]},
         "lora_r": 4,
         "lora_target_modules": ["attn.to_q"],
         "max_steps": 2,
@@ -101,6 +102,7 @@ def test_the_published_recipe_passes_on_a_local_model_with_peft_teachers(tmp_pat
         "model_name_or_path": tmp_path / "sd3",
         "teachers": json.dumps({t.pop("task"): t for t in teachers}),
         "datasets": json.dumps(datasets),
+        "eval_datasets": json.dumps(datasets),
         "height": 16,
         "width": 16,
         "output_dir": tmp_path / "out",
@@ -132,7 +134,7 @@ def test_the_published_recipe_without_the_hub_fails_with_one_line(tmp_path):
     "change, message",
     [
         ({"model_name_or_path": None}, "`model_name_or_path` is not set"),
-        ({"teachers": {"count": "count"}}, "tasks without a teacher: \\['scene'\\]"),
+        ({"teachers": {"count": "count"}}, "names unknown tasks \\['scene'\\]"),
         ({"teachers": {"count": "count", "scene": "nowhere/at all"}}, "nowhere|must be an existing local path"),
         ({"datasets": {"count": "count.txt", "scene": "missing.txt"}}, "'missing.txt' does not exist"),
         ({"reward_funcs": {"count": "rewards"}}, "named as `module:function`"),

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every trainer of a LoRA diffusion student shares: base, student, tasks, rollouts, evaluation, images, logs."""
 
+import hashlib
+import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +22,14 @@ from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import speed_metrics
 
 from .adapters import base_only, use_adapter
-from .callbacks import CurvesCallback, EMACallback, ImageGridCallback
+from .callbacks import CurvesCallback, EMACallback, FiniteGradientCallback, ImageGridCallback
 from .config import DiffusionOPDConfig
 from .data import RoundSampler, TaskBatch, task_datasets
 from .denoising import DenoisingStep, denoise, make_schedule
+from .disk import check_disk
 from .ema import StudentEMA
 from .evaluation import RewardFunc, normalize_reward_funcs, score_policy
 from .loading import STUDENT, add_student, load_pipeline
-from .plan import check_disk
 from .prompts import PromptEncoder
 from .upstream import LoraTrainer
 from .velocity import Conditioning, VelocityModel
@@ -71,7 +73,7 @@ class DiffusionTrainer(LoraTrainer):
         tasks: list[str],
         reward_funcs: dict[str, RewardFunc | list[RewardFunc]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
+        optimizers: tuple[Callable | None, Callable | None] = (None, None),
         peft_config: LoraConfig | None = None,
     ):
         if args.n_gpu > 1:
@@ -86,10 +88,11 @@ class DiffusionTrainer(LoraTrainer):
         self.eval_datasets = {}
         if eval_dataset is not None:
             self.eval_datasets = task_datasets(eval_dataset, tasks, column=args.prompt_column, argument="eval_dataset")
-        for argument, names in (("eval_dataset", self.eval_datasets), ("task_weights", args.task_weights or {})):
-            if unknown := sorted(set(names) - set(tasks)):
-                raise ValueError(f"`{argument}` names unknown tasks {unknown}. The tasks are {tasks}.")
+        if unknown := sorted(set(args.task_weights or {}) - set(tasks)):
+            raise ValueError(f"`task_weights` names unknown tasks {unknown}. The tasks are {tasks}.")
         self.reward_funcs = normalize_reward_funcs(reward_funcs or {}, tasks)
+        if idle := sorted(set(self.reward_funcs) - set(self.eval_datasets)):
+            raise ValueError(f"`reward_funcs` has tasks that `eval_dataset` has no prompts for: {idle}. Add some.")
         self.sampler = RoundSampler(
             {task: self.datasets[task] for task in tasks},
             args.per_device_train_batch_size,
@@ -111,10 +114,6 @@ class DiffusionTrainer(LoraTrainer):
         parameters = add_student(self.transformer, peft_config)
         self.ema = StudentEMA(parameters, args.ema_decay, args.ema_update_every) if args.ema_decay else None
         self.add_models(args)
-        if args.activation_checkpointing:
-            # diffusers has its own name for it, and upstream would call one that diffusers lacks.
-            self.transformer.enable_gradient_checkpointing()
-            args.activation_checkpointing = args.gradient_checkpointing = False
 
         super().__init__(
             VelocityModel(self.transformer),
@@ -122,8 +121,9 @@ class DiffusionTrainer(LoraTrainer):
             num_micro_rounds=self.sampler.rounds_per_epoch * args.gradient_accumulation_steps,
             eval_dataset=self.eval_datasets or None,
             callbacks=callbacks,
-            optimizers=optimizers,
+            optimizers=make_optimizers(optimizers, list(parameters.values())),
         )
+        self.add_callback(FiniteGradientCallback(self))
         if self.ema is not None:
             self.ema.to(self.accelerator.device)
             self.add_callback(EMACallback(self))
@@ -146,8 +146,13 @@ class DiffusionTrainer(LoraTrainer):
         self.eval_prompts = self._prompt_encoder()
         self.grid_prompts = self._prompt_encoder()
         self._distinct_prompts = self.sampler.distinct_prompts(at_most=args.prompt_cache_size)
+        if self._distinct_prompts is None and self.sampler.prompts_per_round > args.prompt_cache_size:
+            raise ValueError(
+                f"`prompt_cache_size` is {args.prompt_cache_size}, but a round of this process has "
+                f"{self.sampler.prompts_per_round} prompts. Raise it to that at least."
+            )
         self._metrics: dict[str, list[float]] = defaultdict(list)
-        self._peak_memory = 0
+        self._round_seconds = self._round_images = self._peak_memory = 0
 
     # Hooks
 
@@ -169,7 +174,7 @@ class DiffusionTrainer(LoraTrainer):
 
     @property
     def provenance(self) -> dict[str, Any]:
-        return {"tasks": self.sampler.weights}
+        return {"base": _config_hash(self.transformer.config), "tasks": self.sampler.weights}
 
     # Rollouts
 
@@ -194,10 +199,11 @@ class DiffusionTrainer(LoraTrainer):
             with self.accelerator.autocast():
                 yield policy.model
         else:
+            # Preparing the student for training adds the autocast; before that, evaluation must.
             switch = (
                 use_adapter(self.transformer, *policy.adapters) if policy.adapters else base_only(self.transformer)
             )
-            with switch:
+            with switch, self.accelerator.autocast():
                 yield self.model
 
     @torch.no_grad()
@@ -241,9 +247,10 @@ class DiffusionTrainer(LoraTrainer):
         if self._distinct_prompts is not None:
             self.prompts.prepare("all", lambda: self._distinct_prompts)
             return
-        length = max(1, self.args.prompt_cache_size // self.sampler.prompts_per_round)
+        length = self.args.prompt_cache_size // self.sampler.prompts_per_round
         first = round_index // length * length
-        self.prompts.prepare(first, lambda: self.sampler.prompts_of(range(first, first + length)))
+        last = min(first + length, self.state.max_steps) if self.state.max_steps > 0 else first + length
+        self.prompts.prepare(first, lambda: self.sampler.prompts_of(range(first, last)))
 
     def _prompt_encoder(self) -> PromptEncoder:
         return PromptEncoder(
@@ -345,11 +352,44 @@ class DiffusionTrainer(LoraTrainer):
         super().log(logs, start_time)
 
     def log_speed(self, num_images: int, seconds: float) -> None:
-        """Logs the speed of a round over all processes and the peak memory of this one."""
-        self._metrics["step_time"].append(seconds)
-        self._metrics["images_per_second"].append(num_images * self.args.world_size / seconds)
+        """Logs the speed of a round over all processes and the peak memory of this one, at its last micro-round."""
+        self._round_seconds += seconds
+        self._round_images += num_images * self.args.world_size
+        if not self.accelerator.sync_gradients:
+            return
+        self._metrics["step_time"].append(self._round_seconds)
+        self._metrics["images_per_second"].append(self._round_images / self._round_seconds)
+        self._round_seconds = self._round_images = 0
         self._peak_memory = max(self._peak_memory, _memory_in_use(self.accelerator.device))
         self._metrics["peak_memory_gb"].append(self._peak_memory / 2**30)
+
+
+def make_optimizers(
+    makers: tuple[Callable | None, Callable | None], parameters: list[nn.Parameter]
+) -> tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None]:
+    """
+    Optimizer and scheduler from the functions that the user passed.
+
+    Raises:
+        `ValueError`: a finished optimizer, which cannot hold the student's parameters, or a scheduler without one.
+    """
+    make_optimizer, make_scheduler = makers
+    for maker in (make_optimizer, make_scheduler):
+        if maker is not None and (not callable(maker) or isinstance(maker, torch.optim.Optimizer)):
+            raise ValueError(
+                f"`optimizers` must hold functions, but holds a {type(maker).__name__}, which was made before the student's "
+                "LoRA was there to be trained. Pass e.g. `(lambda parameters: torch.optim.SGD(parameters, lr=0.1), None)`."
+            )
+    if make_optimizer is None and make_scheduler is not None:
+        raise ValueError("`optimizers` has a scheduler without an optimizer. Pass both, or set `lr_scheduler_type`.")
+    optimizer = make_optimizer(parameters) if make_optimizer is not None else None
+    return optimizer, make_scheduler(optimizer) if make_scheduler is not None else None
+
+
+def _config_hash(config: dict[str, Any]) -> str:
+    """Tells base models apart by their shape. (Their names and folders may differ between machines.)"""
+    public = {key: value for key, value in config.items() if not key.startswith("_")}
+    return hashlib.sha256(json.dumps(public, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _memory_in_use(device: torch.device) -> int:

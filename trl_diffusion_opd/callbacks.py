@@ -34,9 +34,28 @@ class EMACallback(TrainerCallback):
         self.trainer.ema.update(state.global_step)
 
 
+class FiniteGradientCallback(TrainerCallback):
+    """
+    Stops before a gradient that is NaN or infinite reaches the weights. (With fp16 the gradient scaler skips such
+    steps, and lowers its scale, by design.)
+    """
+
+    def __init__(self, trainer: "DiffusionTrainer"):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        gradients = [p.grad for p in self.trainer.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.trainer.accelerator.scaler is None and not torch.isfinite(norm):
+            raise FloatingPointError(
+                f"The gradient of round {state.global_step} has the norm {norm.item()}. Nothing was updated and the last "
+                "checkpoint is intact. Lower `learning_rate`, or train in fp32."
+            )
+
+
 class ImageGridCallback(TrainerCallback):
     """
-    Draws the same prompts with the same noise at every evaluation and at the end of training: a row per prompt, a
+    Draws the same prompts with the same noise at every evaluation and after the last step: a row per prompt, a
     column per model (base, student, each teacher). Saves it to `images/` in the output folder and reports it to
     TensorBoard, Weights & Biases, Trackio and SwanLab where they are in `report_to`.
     """
@@ -46,11 +65,16 @@ class ImageGridCallback(TrainerCallback):
         self._drawn_at: int | None = None
         self._unchanging: dict[str, list[torch.Tensor]] = {}  # images of all models but the student
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._drawn_at = None
+
     def on_evaluate(self, args, state, control, **kwargs):
         self._draw_once(state.global_step)
 
-    def on_train_end(self, args, state, control, **kwargs):
-        self._draw_once(state.global_step)
+    def on_step_end(self, args, state, control, **kwargs):
+        # Not in `on_train_end`, where the loggers have closed their files already.
+        if control.should_training_stop:
+            self._draw_once(state.global_step)
 
     def _draw_once(self, step: int) -> None:
         if step != self._drawn_at and self.trainer.is_world_process_zero():
@@ -69,10 +93,12 @@ class ImageGridCallback(TrainerCallback):
             data = trainer.eval_datasets.get(task, trainer.datasets[task])
             count = min(args.num_grid_prompts, len(data))
             positions = [index * len(data) // count for index in range(count)]  # spread over the set
-            batches.append(
-                evaluation_batch(data, task, positions, seed=args.seed, column=args.prompt_column, purpose="grid")
-            )
-            rows += [f"{task}: {prompt}" for prompt in batches[-1].prompts]
+            for start in range(0, count, args.per_device_eval_batch_size):
+                chunk = positions[start : start + args.per_device_eval_batch_size]
+                batches.append(
+                    evaluation_batch(data, task, chunk, seed=args.seed, column=args.prompt_column, purpose="grid")
+                )
+                rows += [f"{task}: {prompt}" for prompt in batches[-1].prompts]
         trainer.grid_prompts.prepare("grid", lambda: [prompt for batch in batches for prompt in batch.prompts])
         with on_device((trainer.pipeline.vae,), trainer.accelerator.device), trainer.student_weights(average=True):
             policies = trainer.policies()

@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from .config import DiffusionOPDConfig
 from .sources import DIFFUSERS_WEIGHT_NAME
+from .teachers import Teacher
 
 
 if TYPE_CHECKING:
@@ -68,12 +69,12 @@ def make_card(
             num_teachers=len(trainer.teachers),
             paper_id=trainer._paper["id"],
             weight_name=DIFFUSERS_WEIGHT_NAME,
-            example_prompt=next(iter(trainer.datasets.values()))[0][args.prompt_column].replace('"', "'"),
+            example_prompt=repr(next(iter(trainer.datasets.values()))[0][args.prompt_column]),
             guidance_scale=policy.guidance_scale,
             teachers=[
                 {
                     "task": task,
-                    "source": _public_name(teacher.source),
+                    "source": _public_name(teacher),
                     "guidance_scale": teacher.guidance_scale,
                 }
                 for task, teacher in trainer.loaded_teachers.items()
@@ -101,11 +102,12 @@ def changed_settings(args: DiffusionOPDConfig) -> dict:
     }
 
 
-def _public_name(source: str) -> str:
-    """A Hub id as a link, a local path by its last parts alone."""
-    if Path(source).exists():
-        return f"`{'/'.join(Path(source).parts[-2:])}`"
-    return f"[{source}](https://huggingface.co/{'/'.join(source.split('@')[0].split('/')[:2])})"
+def _public_name(teacher: Teacher) -> str:
+    """A Hub source as a link to its commit; a local path by its last parts alone, which name no machine."""
+    if teacher.commit is None:
+        return f"`{'/'.join(Path(teacher.source).parts[-2:])}`"
+    repo = "/".join(teacher.source.split("@")[0].split("/")[:2])
+    return f"[{teacher.source}](https://huggingface.co/{repo}/tree/{teacher.commit})"
 
 
 def _version(library: str) -> str:

@@ -3,7 +3,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
+from transformers.utils import is_torch_bf16_gpu_available
 from trl.trainer.base_config import _BaseConfig
 
 from .transitions import check_solver
@@ -101,6 +101,7 @@ class DiffusionOPDConfig(_BaseConfig):
     > - `weight_decay`: Defaults to `1e-4` instead of `0`.
     > - `remove_unused_columns`: Defaults to `False` instead of `True`.
     > - `ddp_find_unused_parameters`: Defaults to `False` instead of `None`.
+    > - `ddp_broadcast_buffers`: Defaults to `False` instead of `None`.
     """
 
     _VALID_DICT_FIELDS = _BaseConfig._VALID_DICT_FIELDS + ["model_init_kwargs", "task_weights"]
@@ -115,8 +116,10 @@ class DiffusionOPDConfig(_BaseConfig):
         default=None, metadata={"help": "Deprecated alias of `activation_checkpointing`."}
     )
     activation_checkpointing: bool | None = field(
-        default=True,
-        metadata={"help": "Recompute the transformer's activations in the backward pass to save memory."},
+        default=None,
+        metadata={
+            "help": "Recompute the transformer's activations in the backward pass to save memory. Defaults to `True`."
+        },
     )
     remove_unused_columns: bool | None = field(
         default=False,
@@ -125,6 +128,13 @@ class DiffusionOPDConfig(_BaseConfig):
     ddp_find_unused_parameters: bool | None = field(
         default=False,
         metadata={"help": "Whether DistributedDataParallel looks for parameters without a gradient."},
+    )
+    ddp_broadcast_buffers: bool | None = field(
+        default=False,
+        metadata={
+            "help": "Whether DistributedDataParallel sends the buffers of the model around in every round: constants, "
+            "of 0.5 GB and more for Stable Diffusion 3.5."
+        },
     )
 
     # Parameters that control the model
@@ -234,8 +244,20 @@ class DiffusionOPDConfig(_BaseConfig):
                 "DeepSpeed and FSDP are not supported: the student is a LoRA, whose optimizer state is small. Launch "
                 "with plain data parallelism (`accelerate launch --multi_gpu`)."
             )
+        if self.auto_find_batch_size:
+            raise ValueError(
+                "`auto_find_batch_size` is not supported: the samples of a round follow from "
+                "`per_device_train_batch_size`. Lower it, and raise `gradient_accumulation_steps` for the same rounds."
+            )
+        if self.bf16_full_eval or self.fp16_full_eval:
+            raise ValueError(
+                "`bf16_full_eval` and `fp16_full_eval` are not supported: evaluation runs in the precision of training. "
+                "Set `bf16` or `fp16`."
+            )
         if self.bf16 is None:  # the TRL default, True, is an error on a machine without bfloat16
-            self.bf16 = not self.fp16 and not self.use_cpu and _accelerator_has_bf16()
+            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        if self.activation_checkpointing is None and self.gradient_checkpointing is None:
+            self.activation_checkpointing = True
         super().__post_init__()
 
         check_solver(self.solver, self.noise_level)
@@ -271,10 +293,20 @@ class DiffusionOPDConfig(_BaseConfig):
                     "Scale the weights up to whole numbers, or leave the task out of the run."
                 )
 
+    def to_dict(self) -> dict[str, Any]:
+        """The settings, without any token: loggers send them, and they are saved and uploaded."""
+        return _mask_tokens(super().to_dict())
+
     def _check(self, name: str, valid: bool, rule: str) -> None:
         if not valid:
             raise ValueError(f"`{name}` must be {rule}, but is {getattr(self, name)!r}.")
 
 
-def _accelerator_has_bf16() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+def _mask_tokens(content: dict[str, Any]) -> dict[str, Any]:
+    def mask(key: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return _mask_tokens(value)
+        secret = key in ("token", "use_auth_token") or key.endswith("_token")
+        return f"<{key.upper()}>" if secret and value is not None else value
+
+    return {key: mask(key, value) for key, value in content.items()}

@@ -2,13 +2,16 @@
 """Prompt sets of the tasks, and which of their prompts a round uses."""
 
 import math
+import tempfile
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 import numpy as np
+import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
 
 
@@ -54,10 +57,15 @@ def load_prompts(source: str | Path, *, split: str = "train", column: str = "pro
     """
     source = str(source)
     readers = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-    reader = readers.get(Path(source).suffix)
+    reader = readers.get(Path(urlparse(source).path).suffix)
     if reader is None:
         return load_dataset(source, split=split, **kwargs)
-    if not source.startswith(("https://", "http://")) and not Path(source).is_file():
+    if source.startswith(("https://", "http://")):
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / Path(urlparse(source).path).name
+            torch.hub.download_url_to_file(source, str(file), progress=False)
+            return load_prompts(file, column=column, **kwargs)
+    if not Path(source).is_file():
         raise ValueError(f"The prompt file {source!r} does not exist. Check its spelling.")
     data = load_dataset(reader, data_files=source, split="train", **kwargs)
     if reader == "text":
@@ -66,15 +74,17 @@ def load_prompts(source: str | Path, *, split: str = "train", column: str = "pro
     return data
 
 
-def task_datasets(data: Any, tasks: list[str], *, column: str = "prompt", argument: str = "train_dataset") -> dict:
+def task_datasets(
+    data: Any, tasks: list[str] | None, *, column: str = "prompt", argument: str = "train_dataset"
+) -> dict:
     """
     Brings the dataset argument of a trainer into the form `{task: Dataset}`.
 
     Args:
         data (`dict[str, Dataset | list | str | Path]` or `Dataset`):
             Per task a dataset, a list of prompts or rows, a file or a Hub id; or one dataset with a `"task"` column.
-        tasks (`list[str]`):
-            Names of the tasks, those of the teachers.
+        tasks (`list[str]`, *optional*):
+            Names that a task may have, those of the teachers.
         column (`str`, *optional*, defaults to `"prompt"`):
             Column that holds the prompt.
         argument (`str`, *optional*, defaults to `"train_dataset"`):
@@ -87,6 +97,8 @@ def task_datasets(data: Any, tasks: list[str], *, column: str = "prompt", argume
         raise ValueError(
             f"`{argument}` is a dictionary of splits ({', '.join(data)}). Choose one, e.g. `{argument}=data['train']`."
         )
+    if isinstance(data, (list, tuple)) and data and all(isinstance(row, Mapping) for row in data):
+        data = Dataset.from_list(list(data))
     if isinstance(data, Dataset):
         if "task" not in data.column_names:
             raise ValueError(
@@ -100,6 +112,8 @@ def task_datasets(data: Any, tasks: list[str], *, column: str = "prompt", argume
             f"`{argument}` must be a dictionary from task to prompts or a dataset with a `task` column, but is a "
             f"{type(data).__name__}."
         )
+    if tasks is not None and (unknown := sorted(set(data) - set(tasks))):
+        raise ValueError(f"`{argument}` names unknown tasks {unknown}. The tasks are {list(tasks)}.")
     return {task: _as_dataset(value, task, column, argument) for task, value in data.items()}
 
 

@@ -15,7 +15,8 @@ class StudentEMA:
         parameters (`dict[str, torch.nn.Parameter]`):
             The trained parameters by name.
         decay (`float`):
-            Upper bound of the decay `min((1 + n) / (10 + n), decay)`, with `n` the number of optimizer steps taken.
+            Upper bound of the decay `min((1 + n) / (10 + n), decay)`, with `n` the number of optimizer steps taken
+            before this one; 0 for `n = 0`.
         update_every (`int`):
             Optimizer steps between two updates.
     """

@@ -100,16 +100,16 @@ def score_policy(
         leave=False,
     )
     scores = {}
-    with progress, on_device((trainer.pipeline.vae,), device):
+    vae = trainer.pipeline.vae if set(datasets) & set(trainer.reward_funcs) else None
+    with progress, on_device((vae,), device):
         for task, data in datasets.items():
             records: list[dict[str, float]] = []
             for first in range(0, len(shares[task]), step):
                 chunk = shares[task][first : first + step]
                 # Encoded once for all evaluations if they fit the cache, else chunk by chunk.
                 wanted = shares if total <= step else {task: chunk}
-                trainer.eval_prompts.prepare(
-                    str(wanted), lambda wanted=wanted: _prompts_at(datasets, wanted, args.prompt_column)
-                )
+                prompts = _prompts_at(datasets, wanted, args.prompt_column)
+                trainer.eval_prompts.prepare(tuple(prompts), lambda prompts=prompts: prompts)
                 for start in range(0, len(chunk), size):
                     batch = evaluation_batch(
                         data, task, chunk[start : start + size], seed=args.seed, column=args.prompt_column

@@ -166,7 +166,8 @@ def _read_peft_config(file: Path, owner: str) -> LoraConfig:
     return _make_config(json.loads(file.read_text(encoding="utf-8")), repr(file.name), owner)
 
 
-def _make_config(options: dict[str, Any], where: str, owner: str) -> LoraConfig:
+def check_options(options: dict[str, Any], where: str, owner: str) -> None:
+    """Raises a `ValueError` if a LoRA config asks for anything that changes more than the LoRA's own matrices."""
     peft_type = options.get("peft_type", "LORA")
     if peft_type != "LORA":
         raise ValueError(f"{owner}: {where} has `peft_type={peft_type!r}`, but only LoRA is supported.")
@@ -188,6 +189,10 @@ def _make_config(options: dict[str, Any], where: str, owner: str) -> LoraConfig:
             f"{owner}: {where} uses options that change more than LoRA matrices: {unsupported}. Merge the LoRA and "
             "pass the full model instead."
         )
+
+
+def _make_config(options: dict[str, Any], where: str, owner: str) -> LoraConfig:
+    check_options(options, where, owner)
     # What only matters for starting or running the training of this LoRA is dropped.
     dropped = {
         "init_lora_weights": True,

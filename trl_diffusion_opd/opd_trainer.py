@@ -2,19 +2,22 @@
 """On-policy distillation of several teachers into one student (Algorithm 1 of the DiffusionOPD paper)."""
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from diffusers import StableDiffusion3Pipeline
+from huggingface_hub import ModelCard
 from peft import LoraConfig
 from torch import nn
 from transformers import TrainerCallback
 
 from .base_trainer import DiffusionTrainer, Policy
+from .card import make_card
 from .config import DiffusionOPDConfig
 from .data import TaskBatch
 from .denoising import denoise
@@ -70,7 +73,9 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         callbacks (`list` of [`~transformers.TrainerCallback`], *optional*):
             Added to the default callbacks.
         optimizers (`tuple`, *optional*, defaults to `(None, None)`):
-            Optimizer and learning rate scheduler; by default AdamW and `args.lr_scheduler_type`.
+            How to make the optimizer and the learning rate scheduler: functions of the student's parameters and of the
+            optimizer, such as `(lambda parameters: torch.optim.SGD(parameters, lr=0.1), None)`. (The parameters exist
+            only once the trainer has added the LoRA.) By default AdamW and `args.lr_scheduler_type`.
         peft_config ([`~peft.LoraConfig`], *optional*):
             LoRA of the student. By default rank 32, alpha 64, gaussian init, on the attention projections.
 
@@ -104,7 +109,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         eval_dataset: Any = None,
         reward_funcs: dict[str, RewardFunc | list[RewardFunc]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
+        optimizers: tuple[Callable | None, Callable | None] = (None, None),
         peft_config: LoraConfig | None = None,
     ):
         if train_dataset is None:
@@ -127,7 +132,11 @@ class DiffusionOPDTrainer(DiffusionTrainer):
 
     def add_models(self, args: DiffusionOPDConfig) -> None:
         self.loaded_teachers = load_teachers(
-            self._teacher_configs, self.transformer, guidance_scale=args.guidance_scale, vae=self.pipeline.vae
+            self._teacher_configs,
+            self.transformer,
+            guidance_scale=args.guidance_scale,
+            vae=self.pipeline.vae,
+            show_progress=args.process_index == 0 and not args.disable_tqdm,
         )
         self.teachers = {
             task: Policy(
@@ -150,12 +159,17 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         }
         return {**super().provenance, "teachers": teachers}
 
+    def make_card(self, **kwargs) -> ModelCard:
+        return make_card(self, **kwargs)
+
     # The method
 
     def training_step(self, model: nn.Module, inputs: dict[str, int], num_items_in_batch: Any = None) -> torch.Tensor:
         """One (micro-)round of Algorithm 1: every task's batch is rolled out and distilled, in a single pass."""
         start = time.perf_counter()
         model.train()
+        if self.args.torch_empty_cache_steps and self.state.global_step % self.args.torch_empty_cache_steps == 0:
+            clear_device_cache()
         self.prepare_prompts(self.state.global_step)
         micro_round = inputs["micro_round"] % self.args.gradient_accumulation_steps
         batches = self.sampler.batches(self.state.global_step, micro_round)

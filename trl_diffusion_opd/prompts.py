@@ -65,7 +65,6 @@ class PromptEncoder:
         self.show_progress = show_progress
         self._chunk = None
         self._embeddings: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._negative: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @torch.no_grad()
     def encode(self, prompts: Iterable[str]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -100,15 +99,14 @@ class PromptEncoder:
         if self._chunk == chunk:
             return
         self._embeddings.clear()
-        self._embeddings = self.encode(prompts())
+        self._embeddings = self.encode([*prompts(), ""])
         self._chunk = chunk
 
     def conditioning(self, prompts: list[str]) -> Conditioning:
         """Conditioning of a batch on the device. Prompts outside of the current chunk are encoded on the spot."""
         known = self._embeddings
-        if missing := [prompt for prompt in prompts if prompt not in known]:
+        if missing := [prompt for prompt in [*prompts, ""] if prompt not in known]:
             known = {**known, **self.encode(missing)}
-        if self._negative is None:
-            self._negative = self.encode([""])[""]
         embeds, pooled = (torch.stack(tensors) for tensors in zip(*(known[p] for p in prompts), strict=True))
-        return Conditioning(embeds, pooled, self._negative[0][None], self._negative[1][None]).to(self.device)
+        negative, pooled_negative = known[""]
+        return Conditioning(embeds, pooled, negative[None], pooled_negative[None]).to(self.device)

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 import yaml
-from peft import LoraConfig
+from datasets import Dataset
 
 from .comparison import compare, format_table, save_results
 from .config import DiffusionOPDConfig
 from .data import load_prompts
-from .loading import ATTENTION_TARGETS, check_pipeline
+from .loading import check_pipeline, default_lora
 from .opd_trainer import DiffusionOPDTrainer
 from .plan import describe_plan
 
@@ -41,7 +41,8 @@ class ScriptArguments:
     datasets: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "Prompts of each task: a .txt or .jsonl file, or a dataset of the Hub with a prompt column."
+            "help": "Prompts of each task: a .txt or .jsonl file (a path or an address), a dataset of the Hub with a "
+            "prompt column, or a mapping with `path` and, for the Hub, `name`, `split`, `column`."
         },
     )
     eval_datasets: dict[str, Any] | str | None = field(
@@ -57,7 +58,6 @@ class ScriptArguments:
     )
     lora_r: int = field(default=32, metadata={"help": "Rank of the student's LoRA."})
     lora_alpha: int = field(default=64, metadata={"help": "Alpha of the student's LoRA."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of the student's LoRA."})
     lora_target_modules: list[str] | None = field(
         default=None, metadata={"help": "Modules that get a LoRA. Defaults to the eight attention projections."}
     )
@@ -117,12 +117,23 @@ def make_trainer(
         else [locate_teacher(teacher) for teacher in teachers]
     )
 
-    def load(sources: dict[str, Any] | None) -> dict[str, Any]:
-        options = {"split": script_args.dataset_split, "column": training_args.prompt_column}
-        return {task: load_prompts(locate(source), **options) for task, source in (sources or {}).items()}
+    def load(sources: dict[str, Any] | None) -> dict[str, Dataset]:
+        loaded = {}
+        for task, source in (sources or {}).items():
+            options = dict(source) if isinstance(source, dict) else {"path": source}
+            column = options.pop("column", training_args.prompt_column)
+            path = locate(options.pop("path"))
+            data = load_prompts(path, column=column, **{"split": script_args.dataset_split, **options})
+            renamed = column != training_args.prompt_column
+            loaded[task] = data.rename_column(column, training_args.prompt_column) if renamed else data
+        return loaded
+
+    def load_function_at(spec: str) -> Callable:
+        module, separator, name = spec.rpartition(":")
+        return load_function(f"{locate(module)}{separator}{name}")
 
     model = locate(script_args.model_name_or_path)
-    check_pipeline(model, (training_args.model_init_kwargs or {}).get("revision"))
+    check_pipeline(model, training_args.model_init_kwargs)
     return DiffusionOPDTrainer(
         model=model,
         teachers=teachers,
@@ -130,30 +141,20 @@ def make_trainer(
         train_dataset=load(script_args.datasets),
         eval_dataset=load(script_args.eval_datasets) or None,
         reward_funcs={
-            task: [load_function(spec) for spec in (specs if isinstance(specs, list) else [specs])]
+            task: [load_function_at(spec) for spec in (specs if isinstance(specs, list) else [specs])]
             for task, specs in (script_args.reward_funcs or {}).items()
         },
-        peft_config=LoraConfig(
+        peft_config=default_lora(
             r=script_args.lora_r,
             lora_alpha=script_args.lora_alpha,
-            lora_dropout=script_args.lora_dropout,
-            init_lora_weights="gaussian",
-            target_modules=script_args.lora_target_modules or ATTENTION_TARGETS,
+            **({"target_modules": script_args.lora_target_modules} if script_args.lora_target_modules else {}),
         ),
     )
 
 
-def train(script_args: ScriptArguments, training_args: DiffusionOPDConfig, recipe: Path | None = None) -> None:
-    """Trains the student of a recipe and shows what came of it; with `dry_run` only shows the plan."""
-    if training_args.device.type == "cpu":
-        # `accelerate launch` allows a process one thread unless told otherwise.
-        torch.set_num_threads(max(1, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-    trainer = make_trainer(script_args, training_args, recipe)
-    main = trainer.is_world_process_zero()
-    if main:
-        print(describe_plan(trainer), flush=True)
-    if script_args.dry_run:
-        return
+def train(trainer: DiffusionOPDTrainer, script_args: ScriptArguments) -> None:
+    """Trains the student and shows what came of it."""
+    training_args, main = trainer.args, trainer.is_world_process_zero()
     resume = training_args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
     # "Internal", or upstream would push here too, before there are results
@@ -174,9 +175,12 @@ def train(script_args: ScriptArguments, training_args: DiffusionOPDConfig, recip
         trainer.push_to_hub()
 
 
-def num_cores() -> int:
-    """CPU cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def use_all_cores(device: torch.device) -> None:
+    """Lets a process on the CPU use its share of the cores: `accelerate launch` leaves it one thread by default."""
+    launched = any(name.startswith("ACCELERATE_") for name in os.environ)
+    if device.type == "cpu" and launched and os.environ.get("OMP_NUM_THREADS") == "1":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def load_function(spec: str) -> Callable:
@@ -244,10 +248,17 @@ def main(default_recipe: Path | None = None, argv: list[str] | None = None) -> N
     try:
         recipe = _recipe_of(argv)
         script_args, training_args = parser.parse_args_and_config(argv)
-        train(script_args, training_args, recipe)
-    except (ValueError, OSError, ImportError) as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        use_all_cores(training_args.device)
+        training_args.push_to_hub &= not script_args.dry_run  # or constructing the trainer creates the repository
+        trainer = make_trainer(script_args, training_args, recipe)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         raise SystemExit(2) from None
+    if trainer.is_world_process_zero():
+        print(describe_plan(trainer), flush=True)
+    if not script_args.dry_run:
+        train(trainer, script_args)
 
 
 def _recipe_of(argv: list[str]) -> Path | None:

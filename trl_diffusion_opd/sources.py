@@ -147,10 +147,13 @@ def _download(source: Source, weight_name: str | None, owner: str) -> Resolved:
     _raise_absent(source, name, names, owner)
 
 
-def fetch(source: Source, name: str, owner: str) -> Resolved:
-    """Makes sure that one file of a Hub repository is on this machine; raises a [`SourceError`] that says what to do."""
+def fetch(source: Source, name: str, owner: str, **kwargs) -> Resolved:
+    """
+    Makes sure that one file of a Hub repository is on this machine; raises a [`SourceError`] that says what to do.
+    `kwargs` (`token`, `cache_dir`, ...) go to `hf_hub_download`.
+    """
     with hub_errors(source, owner):
-        path, commit, error = _fetch(source, name)
+        path, commit, error = _fetch(source, name, **kwargs)
         if error is not None and not _is_absent(error):
             raise error
     if path is None:
@@ -158,7 +161,9 @@ def fetch(source: Source, name: str, owner: str) -> Resolved:
     return Resolved(path, commit)
 
 
-def _fetch(source: Source, name: str, cached_only: bool = False) -> tuple[Path | None, str | None, Exception | None]:
+def _fetch(
+    source: Source, name: str, local_files_only: bool = False, **kwargs
+) -> tuple[Path | None, str | None, Exception | None]:
     """Downloads one file; returns its path and commit, or why it is not there."""
     # Imported here because local teachers do not need the Hub client.
     from huggingface_hub import hf_hub_download
@@ -166,7 +171,9 @@ def _fetch(source: Source, name: str, cached_only: bool = False) -> tuple[Path |
 
     filename = f"{source.subfolder}/{name}" if source.subfolder else name
     try:
-        file = hf_hub_download(source.repo_id, filename, revision=source.revision, local_files_only=cached_only)
+        file = hf_hub_download(
+            source.repo_id, filename, revision=source.revision, local_files_only=local_files_only, **kwargs
+        )
     except EntryNotFoundError as error:
         return None, None, error
     # The cache stores a file at `snapshots/<commit>/<filename>`.

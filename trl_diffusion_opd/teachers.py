@@ -58,6 +58,7 @@ def load_teachers(
     *,
     guidance_scale: float,
     vae: "AutoencoderKL | None" = None,
+    show_progress: bool = True,
 ) -> dict[str, Teacher]:
     """
     Loads all teachers, frozen: LoRAs as fp32 adapters `teacher_<i>` on `transformer`, full models as they are.
@@ -73,13 +74,15 @@ def load_teachers(
             Guidance of the student, for the teachers that set none.
         vae (`AutoencoderKL`, *optional*):
             The student's VAE. If given, that of a teacher pipeline must have the same latents.
+        show_progress (`bool`, *optional*, defaults to `True`):
+            Whether to show a progress bar.
 
     Returns:
         `dict[str, Teacher]`: the loaded teachers by task.
     """
     loaded = {}
     configs = normalize_teachers(teachers)
-    for index, (task, config) in enumerate(tqdm(configs.items(), desc="Loading teachers", disable=None)):
+    for index, (task, config) in enumerate(tqdm(configs.items(), desc="Loading teachers", disable=not show_progress)):
         teacher = Teacher(
             name=task,
             guidance_scale=float(guidance_scale if config.guidance_scale is None else config.guidance_scale),

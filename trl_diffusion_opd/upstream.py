@@ -11,12 +11,11 @@ import shutil
 from pathlib import Path
 
 from torch.utils.data import DataLoader, Dataset
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
 from transformers.utils import PushInProgress
 from trl.trainer.base_trainer import _BaseTrainer
-from trl.trainer.utils import identity
 
-from .card import make_card
 from .lora import load_lora_into, save_lora
 from .sources import DIFFUSERS_WEIGHT_NAME
 
@@ -26,7 +25,7 @@ PROVENANCE_FILE = "provenance.json"
 # Must not end in `pytorch_lora_weights.safetensors`: `load_lora_weights(repo)` takes any file that does.
 RAW_WEIGHT_NAME = "pytorch_lora_weights_raw.safetensors"
 # Never uploaded: local state, and pickles.
-_NOT_PUSHED = ["_*", ".*", f"{PREFIX_CHECKPOINT_DIR}-*", "*.pt", "*.pth", "*.bin"]
+_NOT_PUSHED = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*", "*.pt", "*.pth", "*.bin"]
 
 
 class _RoundIndices(Dataset):
@@ -51,16 +50,14 @@ class LoraTrainer(_BaseTrainer):
     A [`~transformers.Trainer`] whose model is a LoRA adapter called `"default"` on a diffusers transformer.
 
     Subclasses set `transformer` (the module with the adapter), `ema` (a [`StudentEMA`] or `None`) and `provenance` (a
-    JSON-like dictionary of what the run was made from, which a resumed run must share).
+    JSON-like dictionary of what the run was made from, which a resumed run must share), and define `make_card`.
     """
 
     loss_is_scaled_for_ga = True  # the training step divides by the number of accumulation steps itself
 
     def __init__(self, model, args, *, num_micro_rounds: int, **kwargs):
         self._staging_dir = None
-        super().__init__(
-            model=model, args=args, data_collator=identity, train_dataset=_RoundIndices(num_micro_rounds), **kwargs
-        )
+        super().__init__(model=model, args=args, train_dataset=_RoundIndices(num_micro_rounds), **kwargs)
 
     def _send_telemetry(self) -> None:
         # TRL reads `model.config.model_type`, which no diffusers model has, and does so unless `CI` is set. We send
@@ -85,7 +82,7 @@ class LoraTrainer(_BaseTrainer):
             with self.ema.applied():
                 save_lora(output_dir, self.transformer)
             save_lora(output_dir, self.transformer, weight_name=RAW_WEIGHT_NAME)
-        _write_json(output_dir / TRAINING_ARGS_FILE, _without_tokens(self.args.to_dict()))
+        _write_json(output_dir / TRAINING_ARGS_FILE, self.args.to_dict())
         _write_json(output_dir / PROVENANCE_FILE, self.provenance)
 
     def _get_output_dir(self, trial) -> str:
@@ -97,7 +94,7 @@ class LoraTrainer(_BaseTrainer):
         run_dir = Path(self._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         self.create_model_card()
-        self._staging_dir = str(run_dir / ".staging")
+        self._staging_dir = str(run_dir / "_staging")  # upstream's final push leaves out what starts with "_"
         try:
             if self.args.should_save:
                 shutil.rmtree(self._staging_dir, ignore_errors=True)
@@ -113,14 +110,17 @@ class LoraTrainer(_BaseTrainer):
                 self.state.best_model_checkpoint = str(best)
         if self.args.should_save:
             self.state.save_to_json(str(staged / "trainer_state.json"))
-            _sync_folder(staged)
+            for path in [*staged.iterdir(), staged]:
+                _sync(path)
             shutil.rmtree(run_dir / name, ignore_errors=True)
             os.replace(staged, run_dir / name)
+            _sync(run_dir)
             shutil.rmtree(staged.parent, ignore_errors=True)
             rotate_checkpoints(
                 output_dir=str(run_dir),
                 save_total_limit=self.args.save_total_limit,
                 best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
             )
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
@@ -131,11 +131,12 @@ class LoraTrainer(_BaseTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         # Upstream knows full models and PEFT's file names only.
         folder = Path(resume_from_checkpoint)
-        for file in (DIFFUSERS_WEIGHT_NAME, PROVENANCE_FILE):
+        for file in (DIFFUSERS_WEIGHT_NAME, PROVENANCE_FILE, OPTIMIZER_NAME, SCHEDULER_NAME):
+            # Upstream starts the optimizer afresh without a word if its file is missing.
             if not (folder / file).is_file():
                 raise ValueError(
                     f"There is no checkpoint in {str(folder)!r}: it has no {file!r}. Pass a `checkpoint-N` folder of an "
-                    "earlier run's `output_dir`."
+                    "earlier run's `output_dir`, saved without `save_only_model`."
                 )
         self._check_provenance(json.loads((folder / PROVENANCE_FILE).read_text(encoding="utf-8")), folder)
         self._load_student(folder)
@@ -173,7 +174,7 @@ class LoraTrainer(_BaseTrainer):
     ) -> None:
         # TRL's card is for language models: it names `transformers` as the library and reads `model.config`.
         if self.is_world_process_zero():
-            card = make_card(self, model_name=model_name, dataset_name=dataset_name, tags=tags)
+            card = self.make_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
             card.save(Path(self.args.output_dir) / "README.md")
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -187,6 +188,7 @@ class LoraTrainer(_BaseTrainer):
             return
         from huggingface_hub import HfApi
 
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
         folder, output_dir = Path(checkpoint_folder), Path(self.args.output_dir)
         for file in (DIFFUSERS_WEIGHT_NAME, RAW_WEIGHT_NAME, TRAINING_ARGS_FILE, PROVENANCE_FILE):
             if (folder / file).is_file():
@@ -207,27 +209,20 @@ class LoraTrainer(_BaseTrainer):
             jobs.append(
                 HfApi().upload_folder(folder_path=folder, path_in_repo=target, commit_message=message, **upload)
             )
-        self.push_in_progress = PushInProgress(jobs)
+        if running is not None and not running.is_done():
+            running.jobs.extend(jobs)
+        else:
+            self.push_in_progress = PushInProgress(jobs)
 
 
 def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
 
 
-def _without_tokens(content: dict) -> dict:
-    """The dictionary without entries that hold a secret (`hub_token`, or a `token` in `model_init_kwargs`)."""
-    return {
-        key: _without_tokens(value) if isinstance(value, dict) else value
-        for key, value in content.items()
-        if key != "token" and not key.endswith("_token")
-    }
-
-
-def _sync_folder(folder: Path) -> None:
-    """Waits until the folder's files are on the disk, so that a rename never survives what it renamed."""
-    for path in [*folder.iterdir(), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _sync(path: Path) -> None:
+    """Waits until a file or folder is on the disk, so that a rename never survives what it renamed."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

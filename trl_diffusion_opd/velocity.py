@@ -105,6 +105,17 @@ class VelocityModel(nn.Module):
         super().__init__()
         self.transformer = transformer
 
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict | None = None, every_n_layers: int = 1, offload: bool = False
+    ) -> None:
+        """What `Trainer` calls, by the name that diffusers has for it."""
+        if activation_checkpointing_kwargs or every_n_layers != 1 or offload:
+            raise ValueError(
+                "`activation_checkpointing_kwargs` is not supported: diffusers checkpoints every block of a transformer. "
+                "Leave it out."
+            )
+        self.transformer.enable_gradient_checkpointing()
+
     def forward(
         self,
         sample: torch.Tensor,  # [B, C, H, W]
