@@ -34,7 +34,6 @@ TARGET_MODULES = [
     *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
     *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
 ]
-STEPS: dict[Task, int] = {"geneval": 450, "ocr": 300, "aesthetic": 200}
 
 
 def parse_args() -> argparse.Namespace:
@@ -44,9 +43,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rank", type=int, default=16, help="rank of the adapters; their alpha is twice as large")
-    parser.add_argument("--steps", type=int, help=f"training steps of every teacher; by default {STEPS}")
+    parser.add_argument("--steps", type=int, default=400, help="training steps of every teacher")
     parser.add_argument("--batch_size", type=int, default=48)
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--learning_rate", type=float, default=3e-3)
     parser.add_argument("--num_pictures", type=int, default=8000)
     parser.add_argument("--num_eval", type=int, default=200, help="pictures a task to score a teacher with")
     return parser.parse_args()
@@ -60,13 +59,11 @@ def train(pipe: StableDiffusion3Pipeline, task: Task, args: argparse.Namespace) 
     parameters = [p for p in pipe.transformer.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
 
-    num_steps = args.steps or STEPS[task]
-
     def schedule(step: int) -> float:
-        return min(1.0, (step + 1) / 20, max(0.02, 2 - 2 * step / num_steps))
+        return min(1.0, (step + 1) / 20, max(0.02, 2 - 2 * step / args.steps))
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-    progress = trange(num_steps, desc=f"teacher {task}", mininterval=5)
+    progress = trange(args.steps, desc=f"teacher {task}", mininterval=5)
     for _ in progress:
         picked = torch.randint(len(latents), (args.batch_size,))
         noisy, target, timesteps = diffuse(latents[picked])
