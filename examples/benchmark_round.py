@@ -57,7 +57,7 @@ class ThreePassTrainer(DiffusionOPDTrainer):
 
 
 def make(cls, folder: str, batch_size: int, activation_checkpointing: bool) -> DiffusionOPDTrainer:
-    return cls(
+    trainer = cls(
         SHAPES / "base",
         {task: SHAPES / "teachers" / task for task in TASKS},
         DiffusionOPDConfig(
@@ -66,7 +66,6 @@ def make(cls, folder: str, batch_size: int, activation_checkpointing: bool) -> D
             guidance_scale=1.0,
             skip_last_steps=0,
             max_sequence_length=10,
-            activation_checkpointing=activation_checkpointing,
             disable_tqdm=True,
         ),
         {task: SHAPES / "prompts" / f"{task}_train.txt" for task in TASKS},
@@ -74,6 +73,9 @@ def make(cls, folder: str, batch_size: int, activation_checkpointing: bool) -> D
             r=16, lora_alpha=32, init_lora_weights="gaussian", target_modules=["attn.to_q", "attn.to_k", "attn.to_v"]
         ),
     )
+    if activation_checkpointing:
+        trainer.model.activation_checkpointing_enable()  # as `train` does
+    return trainer
 
 
 def gradient_of_a_round(trainer: DiffusionOPDTrainer) -> tuple[float, dict[str, torch.Tensor]]:
