@@ -49,7 +49,7 @@ def test_rewards_do_not_depend_on_the_batch():
         own = [i for i, caption in enumerate(captions) if caption in set(prompts(task, "train"))]
         images, texts = to_tensor(pictures[own]), [captions[i] for i in own]
         one_by_one = [REWARDS[task](images[i : i + 1], texts[i : i + 1])[0] for i in range(len(own))]
-        assert REWARDS[task](images, texts) == pytest.approx(one_by_one)
+        assert REWARDS[task](images, texts) == pytest.approx(one_by_one, rel=1e-3)  # float32, two orders of summation
 
 
 def test_held_out_prompts_are_seen_by_nobody():
