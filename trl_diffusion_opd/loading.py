@@ -34,7 +34,7 @@ def load_pipeline(
     model: str | Path | StableDiffusion3Pipeline, dtype: torch.dtype, init_kwargs: dict[str, Any] | None = None
 ) -> StableDiffusion3SDEPipeline:
     """
-    Loads the base pipeline, frozen; the VAE in float32, which half precision would overflow.
+    Loads the base pipeline, frozen; the VAE in float32 whatever the rest is in, as in the published recipe.
 
     Args:
         model (`str` or `Path` or [`~diffusers.StableDiffusion3Pipeline`]):
