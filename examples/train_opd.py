@@ -17,15 +17,11 @@ The published recipe for Stable Diffusion 3.5 Medium; first what it would do, th
 Every setting of the recipe can be overridden on the command line; `--help` lists them.
 """
 
-import os
+import sys
 from pathlib import Path
+
+from trl_diffusion_opd.cli import train
 
 
 if __name__ == "__main__":
-    # Importing diffusers without torchvision makes transformers warn about image processors that are not used here.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # a line per retry, before the one that says what to do
-
-    from trl_diffusion_opd.script import main
-
-    main(default_recipe=Path(__file__).parent / "configs" / "shapes.yaml")
+    train(sys.argv[1:], default_recipe=Path(__file__).parent / "configs" / "shapes.yaml")

@@ -210,7 +210,7 @@ def test_image_grids_are_drawn_saved_and_reported(tmp_path):
         save_curves=True,
     )
     trainer.train()
-    files = sorted(path.name for path in (tmp_path / "out" / "images").iterdir())
+    files = sorted(path.name for path in (tmp_path / "out" / "images").glob("step_*"))
     assert files == ["step_000003.png", "step_000004.png"]
     grids = [PIL.Image.open(tmp_path / "out" / "images" / name).convert("RGB") for name in files]
     tile, margin = 96, 6

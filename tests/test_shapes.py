@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from trl_diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer
 from trl_diffusion_opd.comparison import compare
-from trl_diffusion_opd.data import load_prompts
+from trl_diffusion_opd.prompt_sets import load_prompts
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -63,7 +63,7 @@ def test_held_out_prompts_are_seen_by_nobody():
 def test_prompt_files_are_those_of_the_world():
     for task in TASKS:
         for split in ("train", "test"):
-            assert load_prompts(SHAPES / "prompts" / f"{task}_{split}.txt")["prompt"] == prompts(task, split)
+            assert load_prompts(SHAPES / "prompts" / f"{task}_{split}.txt")[0]["prompt"] == prompts(task, split)
 
 
 def test_shipped_weights_are_small_and_finite():

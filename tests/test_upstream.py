@@ -27,6 +27,8 @@ OVERRIDES = [
     "_load_from_checkpoint",
     "_load_best_model",
     "_push_from_checkpoint",
+    "push_to_hub",
+    "init_hf_repo",
     "create_model_card",
 ]
 
@@ -56,6 +58,8 @@ def test_upstream_still_needs_the_overrides():
     assert "self.model.config.model_type" in inspect.getsource(_BaseTrainer._send_telemetry)
     assert "torch.save(self.args" in inspect.getsource(Trainer._save)
     assert "torch.save(self.args" in inspect.getsource(Trainer._push_from_checkpoint)
+    assert "folder_path=self.args.output_dir" in inspect.getsource(Trainer.push_to_hub)
+    assert "self.push_in_progress = None" in inspect.getsource(Trainer.init_hf_repo)
     assert not hasattr(SD3Transformer2DModel, "activation_checkpointing_enable")
     assert hasattr(SD3Transformer2DModel, "enable_gradient_checkpointing")
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import psutil
 import torch
-from datasets import Dataset
 from diffusers import StableDiffusion3Pipeline
 from peft import LoraConfig
 from torch import nn
@@ -22,15 +21,24 @@ from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import speed_metrics
 
 from .adapters import base_only, use_adapter
-from .callbacks import CurvesCallback, EMACallback, FiniteGradientCallback, ImageGridCallback
-from .config import DiffusionOPDConfig
-from .data import RoundSampler, TaskBatch, task_datasets
+from .base_config import DiffusionConfig
+from .callbacks import CurvesCallback, EMACallback, FiniteGradientCallback, ImageGridCallback, StopwatchCallback
+from .data import RoundSampler, TaskBatch
 from .denoising import DenoisingStep, denoise, make_schedule
 from .disk import check_disk
 from .ema import StudentEMA
-from .evaluation import RewardFunc, normalize_reward_funcs, score_policy
-from .loading import STUDENT, add_student, load_pipeline
+from .evaluation import RewardFunc, check_columns, count_images, normalize_reward_funcs, score_policy
+from .hub import check_destination
+from .licenses import read_license
+from .loading import STUDENT, add_student, check_pipeline, latent_shape, load_pipeline
+from .lora import load_lora_into
+from .lora_files import read_lora
+from .plan import MethodPlan
+from .prompt_sets import task_datasets
 from .prompts import PromptEncoder
+from .record import License, Outcome, RunRecord
+from .recording import record_run, resume_record
+from .sources import Origin, parse_source, resolve
 from .upstream import LoraTrainer
 from .velocity import Conditioning, VelocityModel
 
@@ -60,13 +68,15 @@ class Policy:
 class DiffusionTrainer(LoraTrainer):
     """
     Base class of the trainers. Subclasses define `training_step`, and may override `add_models` (other models on the
-    backbone), `rollout_metrics` (what an evaluation measures along the way) and `policies` (columns of image grids).
+    backbone) and `rollout_metrics` (what an evaluation measures along the way).
     """
+
+    reward_weights: list[float] | None = None
 
     def __init__(
         self,
         model: str | Path | StableDiffusion3Pipeline,
-        args: DiffusionOPDConfig,
+        args: DiffusionConfig,
         train_dataset: Any,
         eval_dataset: Any = None,
         *,
@@ -75,6 +85,8 @@ class DiffusionTrainer(LoraTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Callable | None, Callable | None] = (None, None),
         peft_config: LoraConfig | None = None,
+        adapter: str | Path | None = None,
+        num_generations: int = 1,
     ):
         if args.n_gpu > 1:
             raise ValueError(
@@ -82,17 +94,22 @@ class DiffusionTrainer(LoraTrainer):
                 "GPU with `accelerate launch`, or show it one GPU with `CUDA_VISIBLE_DEVICES=0`."
             )
 
-        # Tasks and prompts: checked before anything large is loaded
-        self.datasets = task_datasets(train_dataset, tasks, column=args.prompt_column)
-        self.check_tasks(self.datasets)
-        self.eval_datasets = {}
+        # Where to push, tasks and prompts: checked before anything large is loaded
+        if args.push_to_hub and args.process_index == 0:
+            args.hub_model_id = check_destination(args)
+        self.base_origin = check_pipeline(model, args.model_init_kwargs)
+        self.datasets, self.prompt_origins = task_datasets(train_dataset, tasks, column=args.prompt_column)
+        self.check_tasks(list(self.datasets))
+        self.eval_datasets, self.eval_prompt_origins = {}, {}
         if eval_dataset is not None:
-            self.eval_datasets = task_datasets(eval_dataset, tasks, column=args.prompt_column, argument="eval_dataset")
+            self.eval_datasets, self.eval_prompt_origins = task_datasets(
+                eval_dataset, tasks, column=args.prompt_column, argument="eval_dataset"
+            )
+            count_images(self.eval_datasets, args.num_eval_images)
         if unknown := sorted(set(args.task_weights or {}) - set(tasks)):
             raise ValueError(f"`task_weights` names unknown tasks {unknown}. The tasks are {tasks}.")
         self.reward_funcs = normalize_reward_funcs(reward_funcs or {}, tasks)
-        if idle := sorted(set(self.reward_funcs) - set(self.eval_datasets)):
-            raise ValueError(f"`reward_funcs` has tasks that `eval_dataset` has no prompts for: {idle}. Add some.")
+        self.check_rewards(args)
         self.sampler = RoundSampler(
             {task: self.datasets[task] for task in tasks},
             args.per_device_train_batch_size,
@@ -100,29 +117,47 @@ class DiffusionTrainer(LoraTrainer):
             column=args.prompt_column,
             weights=args.task_weights,
             num_micro_rounds=args.gradient_accumulation_steps,
+            num_generations=num_generations,
             num_processes=args.world_size,
             process_index=args.process_index,
         )
+        rounds_per_epoch = self.sampler.rounds_per_epoch or args.max_steps
+        if rounds_per_epoch <= 0:
+            raise ValueError("`train_dataset` has a stream, whose length is not known. Set `max_steps`.")
 
         # Base, student, and what the method adds to them
+        start = self.adapter_origin = None
+        if adapter is not None:
+            found = resolve(adapter, owner="adapter")
+            start = read_lora(found.path, owner=f"adapter {str(adapter)!r}")
+            self.adapter_origin = Origin.of_source(parse_source(adapter), found.commit)
+        self.fetch_models()
         set_seed(args.seed)
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-        self.pipeline = load_pipeline(model, dtype, args.model_init_kwargs)
-        self.base_model = str(model) if isinstance(model, (str, Path)) else model.config.get("_name_or_path", "")
+        self.pipeline = load_pipeline(model, dtype, args.model_init_kwargs, origin=self.base_origin)
+        self.base_license = License()
+        if args.process_index == 0:  # which alone writes the card
+            folder, access = getattr(model, "name_or_path", model), args.model_init_kwargs or {}
+            self.base_license = read_license(self.base_origin, folder, access.get("token"))
         self.transformer = self.pipeline.transformer
-        self.latent_shape = self._latent_shape(args)
-        parameters = add_student(self.transformer, peft_config)
+        self.latent_shape = latent_shape(self.pipeline, args.height, args.width)
+        parameters = add_student(self.transformer, peft_config or (start and start.config))
+        if start is not None:
+            load_lora_into(self.transformer, start)
         self.ema = StudentEMA(parameters, args.ema_decay, args.ema_update_every) if args.ema_decay else None
+        self.teachers: dict[str, Policy] = {}
         self.add_models(args)
 
         super().__init__(
             VelocityModel(self.transformer),
             args,
-            num_micro_rounds=self.sampler.rounds_per_epoch * args.gradient_accumulation_steps,
+            num_micro_rounds=rounds_per_epoch * args.gradient_accumulation_steps,
             eval_dataset=self.eval_datasets or None,
             callbacks=callbacks,
             optimizers=make_optimizers(optimizers, list(parameters.values())),
         )
+        self.outcome = Outcome()
+        self.add_callback(StopwatchCallback(self))
         self.add_callback(FiniteGradientCallback(self))
         if self.ema is not None:
             self.ema.to(self.accelerator.device)
@@ -130,7 +165,7 @@ class DiffusionTrainer(LoraTrainer):
         if args.num_grid_prompts > 0:
             self.add_callback(ImageGridCallback(self))
         if args.save_curves:
-            self.add_callback(CurvesCallback())
+            self.add_callback(CurvesCallback(self))
 
         check_disk(self)
 
@@ -146,21 +181,34 @@ class DiffusionTrainer(LoraTrainer):
         self.eval_prompts = self._prompt_encoder()
         self.grid_prompts = self._prompt_encoder()
         self._distinct_prompts = self.sampler.distinct_prompts(at_most=args.prompt_cache_size)
-        if self._distinct_prompts is None and self.sampler.prompts_per_round > args.prompt_cache_size:
+        prompts_per_round = self.sampler.prompts_per_round // num_generations
+        if self._distinct_prompts is None and prompts_per_round > args.prompt_cache_size:
             raise ValueError(
                 f"`prompt_cache_size` is {args.prompt_cache_size}, but a round of this process has "
-                f"{self.sampler.prompts_per_round} prompts. Raise it to that at least."
+                f"{prompts_per_round} prompts. Raise it to that at least."
             )
         self._metrics: dict[str, list[float]] = defaultdict(list)
         self._round_seconds = self._round_images = self._peak_memory = 0
 
     # Hooks
 
-    def check_tasks(self, datasets: dict[str, Dataset]) -> None:
+    def check_tasks(self, tasks: list[str]) -> None:
         """Raises a `ValueError` if the tasks of the training prompts are not those of the method."""
 
-    def add_models(self, args: DiffusionOPDConfig) -> None:
-        """Adds the method's other models to `self.transformer`, after the student and before the device placement."""
+    def check_rewards(self, args: DiffusionConfig) -> None:
+        """Raises a `ValueError` if `self.reward_funcs` are not what the method needs."""
+        if idle := sorted(set(self.reward_funcs) - set(self.eval_datasets)):
+            raise ValueError(f"`reward_funcs` has tasks that `eval_dataset` has no prompts for: {idle}. Add some.")
+        check_columns(self.reward_funcs, self.eval_datasets, "eval_dataset")
+
+    def fetch_models(self) -> None:
+        """Makes sure that the method's other models are on this machine, before the large base is fetched."""
+
+    def add_models(self, args: DiffusionConfig) -> None:
+        """
+        Adds the method's other models to `self.transformer`, after the student and before the device placement; those
+        that teach go into `self.teachers`, by task.
+        """
 
     def rollout_metrics(
         self, policy: Policy, batch: TaskBatch, conditioning: Conditioning
@@ -169,12 +217,30 @@ class DiffusionTrainer(LoraTrainer):
         return self.final_latents(policy, batch, conditioning), {}
 
     def policies(self) -> list[Policy]:
-        """What image grids and tables compare: the base, then the student."""
-        return [Policy("base", self.student_policy.guidance_scale), self.student_policy]
+        """What image grids and tables compare: the base, the student, and each teacher."""
+        return [Policy("base", self.student_policy.guidance_scale), self.student_policy, *self.teachers.values()]
 
     @property
     def provenance(self) -> dict[str, Any]:
         return {"base": _config_hash(self.transformer.config), "tasks": self.sampler.weights}
+
+    def plan(self) -> MethodPlan:
+        """What the method adds to the plan of a run."""
+        raise NotImplementedError
+
+    def describe_run(self) -> dict[str, Any]:
+        """Fields of the [`RunRecord`] that the method fills in: at least `summary`."""
+        raise NotImplementedError
+
+    # Record
+
+    def make_record(self) -> RunRecord:
+        """What the run is as it stands: everything that the model card tells."""
+        return record_run(self)
+
+    def resume_record(self, checkpoint: str | Path) -> None:
+        """Carries the time spent so far and the pictures over from a checkpoint."""
+        resume_record(self, checkpoint)
 
     # Rollouts
 
@@ -262,23 +328,6 @@ class DiffusionTrainer(LoraTrainer):
             show_progress=self.is_world_process_zero() and not self.args.disable_tqdm,
         )
 
-    def _latent_shape(self, args: DiffusionOPDConfig) -> tuple[int, int, int]:
-        pipe = self.pipeline
-        default = pipe.default_sample_size * pipe.vae_scale_factor
-        multiple = pipe.vae_scale_factor * pipe.patch_size
-        size = {"height": args.height or default, "width": args.width or default}
-        for name, pixels in size.items():
-            if pixels % multiple:
-                raise ValueError(
-                    f"`{name}` must be a multiple of {multiple} (VAE factor x patch size), but is {pixels}. Use "
-                    f"{round(pixels / multiple) * multiple}."
-                )
-            if pixels // multiple > pipe.transformer.config.pos_embed_max_size:
-                most = pipe.transformer.config.pos_embed_max_size * multiple
-                raise ValueError(f"`{name}` must be at most {most} for this model, but is {pixels}.")
-        channels = pipe.transformer.config.in_channels
-        return channels, size["height"] // pipe.vae_scale_factor, size["width"] // pipe.vae_scale_factor
-
     # Evaluation and images
 
     @contextmanager
@@ -315,7 +364,7 @@ class DiffusionTrainer(LoraTrainer):
         """
         datasets = self.eval_datasets
         if eval_dataset is not None:
-            datasets = task_datasets(
+            datasets, _ = task_datasets(
                 eval_dataset, list(self.datasets), column=self.args.prompt_column, argument="eval_dataset"
             )
         if not datasets:
@@ -333,7 +382,7 @@ class DiffusionTrainer(LoraTrainer):
         metrics |= speed_metrics(
             metric_key_prefix,
             start,
-            num_samples=sum(self.args.num_eval_images or len(data) for data in datasets.values()),
+            num_samples=sum(count_images(datasets, self.args.num_eval_images).values()),
         )
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

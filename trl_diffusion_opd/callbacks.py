@@ -2,6 +2,8 @@
 """What happens between the rounds: averaging weights, drawing image grids and curves."""
 
 import importlib
+import re
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,14 +14,18 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
+from .data import spread
 from .evaluation import evaluation_batch
-from .figures import draw_curves, image_grid
+from .figures import draw_curves, enlarge, image_grid, to_pil
 from .prompts import on_device
+from .record import GalleryImage
 
 
 if TYPE_CHECKING:
     from .base_trainer import DiffusionTrainer
+    from .data import TaskBatch
 
+_GALLERY_IMAGES = 2  # of each task in the gallery of the model card
 # Backends with one interface: `backend.log({name: backend.Image(image)})`.
 _IMAGE_LOGGERS = ("wandb", "trackio", "swanlab")
 
@@ -53,11 +59,30 @@ class FiniteGradientCallback(TrainerCallback):
             )
 
 
+class StopwatchCallback(TrainerCallback):
+    """Measures the time spent in training, evaluations included, on top of that of the parts before a resumption."""
+
+    def __init__(self, trainer: "DiffusionTrainer"):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._last = time.perf_counter()
+        self.trainer.outcome.results = {}  # of weights that are about to change
+
+    def on_step_end(self, args, state, control, **kwargs):
+        now = time.perf_counter()
+        self.trainer.outcome.seconds += now - self._last
+        self._last = now
+
+    on_train_end = on_step_end
+
+
 class ImageGridCallback(TrainerCallback):
     """
     Draws the same prompts with the same noise at every evaluation and after the last step: a row per prompt, a
     column per model (base, student, each teacher). Saves it to `images/` in the output folder and reports it to
-    TensorBoard, Weights & Biases, Trackio and SwanLab where they are in `report_to`.
+    TensorBoard, Weights & Biases, Trackio and SwanLab where they are in `report_to`. A few of the student's pictures
+    are saved singly too, for the gallery of the model card.
     """
 
     def __init__(self, trainer: "DiffusionTrainer"):
@@ -79,26 +104,34 @@ class ImageGridCallback(TrainerCallback):
     def _draw_once(self, step: int) -> None:
         if step != self._drawn_at and self.trainer.is_world_process_zero():
             self._drawn_at = step
-            grid = self.draw()
-            path = Path(self.trainer.args.output_dir) / "images" / f"step_{step:06d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            grid.save(path)
+            batches = self._batches()
+            columns = self._draw(batches)
+            rows = [f"{batch.task}: {prompt}" for batch in batches for prompt in batch.prompts]
+            grid = image_grid(columns, rows)
+            outcome, folder = self.trainer.outcome, Path(self.trainer.args.output_dir)
+            outcome.grid = f"images/step_{step:06d}.png"
+            (folder / outcome.grid).parent.mkdir(parents=True, exist_ok=True)
+            grid.save(folder / outcome.grid)
+            outcome.gallery = save_gallery(batches, columns[self.trainer.student_policy.name], folder, step)
             report_image(self.trainer, "images", grid, step)
 
-    def draw(self) -> PIL.Image.Image:
+    def _batches(self) -> list["TaskBatch"]:
         trainer, args = self.trainer, self.trainer.args
-        rows, columns = [], {}
         batches = []
         for task in trainer.datasets:
             data = trainer.eval_datasets.get(task, trainer.datasets[task])
-            count = min(args.num_grid_prompts, len(data))
-            positions = [index * len(data) // count for index in range(count)]  # spread over the set
-            for start in range(0, count, args.per_device_eval_batch_size):
+            positions = spread(data, args.num_grid_prompts)
+            for start in range(0, len(positions), args.per_device_eval_batch_size):
                 chunk = positions[start : start + args.per_device_eval_batch_size]
                 batches.append(
                     evaluation_batch(data, task, chunk, seed=args.seed, column=args.prompt_column, purpose="grid")
                 )
-                rows += [f"{task}: {prompt}" for prompt in batches[-1].prompts]
+        return batches
+
+    def _draw(self, batches: list["TaskBatch"]) -> dict[str, list[torch.Tensor]]:
+        """Images of each model, by its name."""
+        trainer, args = self.trainer, self.trainer.args
+        columns = {}
         trainer.grid_prompts.prepare("grid", lambda: [prompt for batch in batches for prompt in batch.prompts])
         with on_device((trainer.pipeline.vae,), trainer.accelerator.device), trainer.student_weights(average=True):
             policies = trainer.policies()
@@ -109,15 +142,35 @@ class ImageGridCallback(TrainerCallback):
                     if policy.name != trainer.student_policy.name:
                         self._unchanging[policy.name] = images
                 columns[policy.name] = images
-        return image_grid(columns, rows)
+        return columns
 
 
 class CurvesCallback(TrainerCallback):
-    """Draws loss, divergences and rewards to `curves.png` at the end of training."""
+    """Draws loss, divergences and rewards to `curves.png` at every evaluation and at the end of training."""
 
-    def on_train_end(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            draw_curves(state.log_history, Path(args.output_dir) / "curves.png")
+    def __init__(self, trainer: "DiffusionTrainer"):
+        self.trainer = trainer
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if state.is_world_process_zero and draw_curves(state.log_history, Path(args.output_dir) / "curves.png"):
+            self.trainer.outcome.curves = "curves.png"
+
+    on_train_end = on_evaluate
+
+
+def save_gallery(
+    batches: list["TaskBatch"], images: list[torch.Tensor], folder: Path, step: int
+) -> list[GalleryImage]:
+    """Saves the first images of each task as `images/<task>_<index>.png`, tiny ones enlarged."""
+    samples = [(b.task, *sample) for b in batches for sample in zip(b.prompts, b.seeds, strict=True)]
+    gallery: list[GalleryImage] = []
+    for (task, prompt, seed), image in zip(samples, images, strict=True):
+        index = sum(other.task == task for other in gallery)
+        if index < _GALLERY_IMAGES:
+            file = f"images/{re.sub(r'[^a-zA-Z0-9_-]+', '_', task)}_{index}.png"
+            enlarge(to_pil(image)).save(folder / file)
+            gallery.append(GalleryImage(prompt, file, task, seed, step))
+    return gallery
 
 
 def report_image(trainer: "DiffusionTrainer", name: str, image: PIL.Image.Image, step: int) -> None:

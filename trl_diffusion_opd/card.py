@@ -1,117 +1,102 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model card of a student, written beside its LoRA at every save."""
+"""The model card of a run, rendered from its record alone."""
 
-import importlib.metadata
-from dataclasses import MISSING, fields
+import math
 from importlib import resources
-from pathlib import Path
-from typing import TYPE_CHECKING
 
+import jinja2
 import yaml
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .config import DiffusionOPDConfig
+from . import card_parts
+from .card_benchmarks import benchmark_results, benchmark_table
+from .record import RunRecord
 from .sources import DIFFUSERS_WEIGHT_NAME
-from .teachers import Teacher
 
 
-if TYPE_CHECKING:
-    from .opd_trainer import DiffusionOPDTrainer
-
-_LIBRARIES = ("trl-diffusion-opd", "trl", "diffusers", "transformers", "peft", "torch")
-# Settings of the machine or of the run's bookkeeping, which say nothing about the method.
-_NOT_SETTINGS = ("output_dir", "logging", "report_to", "run_name", "hub_", "push_to_hub", "use_cpu", "disable_tqdm")
-# Settings that the config class itself fills in or consumes.
-_RESOLVED = ("bf16", "activation_checkpointing", "gradient_checkpointing", "accelerator_config")
+# What a LoRA gallery of the Hub looks for.
+_GALLERY_TAGS = ("text-to-image", "diffusers", "diffusers-training", "lora", "template:sd-lora")
+_SD35 = "stabilityai/stable-diffusion-3.5-"
 
 
-def make_card(
-    trainer: "DiffusionOPDTrainer",
+def render_card(
+    record: RunRecord,
+    *,
     model_name: str | None = None,
     dataset_name: str | list[str] | None = None,
     tags: str | list[str] | None = None,
 ) -> ModelCard:
     """
-    The card of a trainer's student.
+    The model card of a run.
 
     Args:
-        trainer ([`DiffusionOPDTrainer`]):
-            Whose student it is.
+        record ([`RunRecord`]):
+            The run. Nothing else is looked at: no file, no network.
         model_name (`str`, *optional*):
-            Title; by default the name of the Hub repository or of the output folder.
+            Title; by default the name of the run.
         dataset_name (`str` or `list[str]`, *optional*):
-            Hub ids of the prompt sets.
+            Hub ids of datasets to name beside those that the record has.
         tags (`str` or `list[str]`, *optional*):
             Tags to add.
     """
-    args = trainer.args
-    own_tags = ["text-to-image", "diffusers", "diffusers-training", "lora", "template:sd-lora", *trainer._tag_names]
-    base_is_public = bool(trainer.base_model) and not Path(trainer.base_model).exists()
-    data = ModelCardData(
+    title = model_name or record.name
+    environment = jinja2.Environment(
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
+    )
+    template = (resources.files("trl_diffusion_opd") / "templates" / "model_card.md").read_text(encoding="utf-8")
+    text = environment.from_string(template).render(
+        front_matter=front_matter(record, title, _listed(dataset_name), _listed(tags)).to_yaml(),
+        title=title,
+        record=record,
+        parts=card_parts,
+        benchmarks=benchmark_table(record),
+        weight_name=DIFFUSERS_WEIGHT_NAME,
+        settings=yaml.safe_dump(record.settings, allow_unicode=True).strip(),
+    )
+    return ModelCard(text)
+
+
+def front_matter(record: RunRecord, title: str, datasets: list[str], tags: list[str]) -> ModelCardData:
+    """What the Hub reads of a card."""
+    base = record.base.repo_id
+    origins = [prompts.origin for prompts in (*record.prompts, *record.eval_prompts)]
+    datasets = [*(origin.repo_id for origin in origins if origin.repo_id is not None), *datasets]
+    sd35 = ["sd3.5", "sd3.5-diffusers"] if base and base.startswith(_SD35) else []
+    results = [*eval_results(record), *benchmark_results(record)]
+    return ModelCardData(
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        base_model=trainer.base_model if base_is_public else None,
-        base_model_relation="adapter" if base_is_public else None,
-        datasets=[dataset_name] if isinstance(dataset_name, str) else dataset_name,
-        tags=list(dict.fromkeys([*own_tags, *([tags] if isinstance(tags, str) else tags or [])])),
+        base_model=base,
+        base_model_relation="adapter" if base else None,
+        license=record.base_license.id,
+        license_name=record.base_license.name,
+        license_link=record.base_license.link,
+        datasets=list(dict.fromkeys(datasets)) or None,
+        tags=[*_GALLERY_TAGS, *sd35, *record.tags, *tags],
+        widget=[{"text": image.prompt, "output": {"url": image.file}} for image in record.gallery] or None,
+        model_name=title if results else None,
+        eval_results=results or None,
     )
-    base = trainer.base_model if base_is_public else Path(trainer.base_model or "the base model").name
-    policy = trainer.student_policy
-    template = resources.files("trl_diffusion_opd") / "templates" / "model_card.md"
-    with resources.as_file(template) as path:
-        return ModelCard.from_template(
-            data,
-            template_path=str(path),
-            model_name=model_name or (trainer.hub_model_id or Path(args.output_dir).resolve().name).split("/")[-1],
-            repo_id=trainer.hub_model_id or Path(args.output_dir).resolve().name,
-            base_link=f"[{base}](https://huggingface.co/{base})" if base_is_public else f"`{base}`",
-            base_model=base,
-            num_teachers=len(trainer.teachers),
-            paper_id=trainer._paper["id"],
-            weight_name=DIFFUSERS_WEIGHT_NAME,
-            example_prompt=repr(next(iter(trainer.datasets.values()))[0][args.prompt_column]),
-            guidance_scale=policy.guidance_scale,
-            teachers=[
-                {
-                    "task": task,
-                    "source": _public_name(teacher),
-                    "guidance_scale": teacher.guidance_scale,
-                }
-                for task, teacher in trainer.loaded_teachers.items()
-            ],
-            num_rounds=trainer.state.global_step,
-            images_per_round=trainer.sampler.prompts_per_round * args.world_size,
-            settings=yaml.safe_dump(changed_settings(args), sort_keys=True).strip(),
-            versions=", ".join(f"{name} {_version(name)}" for name in _LIBRARIES),
-            citation=trainer._paper["citation"],
+
+
+def eval_results(record: RunRecord) -> list[EvalResult]:
+    """Scores of this LoRA in the form of the Hub's `model-index`."""
+    prompts = {prompts.task: prompts.origin for prompts in record.eval_prompts}
+    return [
+        EvalResult(
+            task_type="text-to-image",
+            task_name="Text-to-Image",
+            dataset_type=prompts[task].repo_id or card_parts.slug(prompts[task].name),
+            dataset_name=prompts[task].name,
+            dataset_revision=prompts[task].commit,
+            metric_type="+".join(record.reward_names[task]),
+            metric_name=f"mean reward {' + '.join(record.reward_names[task])}",
+            metric_value=round(value, 4),
         )
+        for task, value in card_parts.student_scores(record).items()
+        if math.isfinite(value)
+    ]
 
 
-def changed_settings(args: DiffusionOPDConfig) -> dict:
-    """The settings that differ from the defaults of the config class, without those that name a machine."""
-    # Not from a default instance: constructing one resets accelerate's state in the middle of the run.
-    defaults = {f.name: f.default if f.default is not MISSING else None for f in fields(args)}
-    return {
-        name: value
-        for name, value in args.to_dict().items()
-        if value != defaults[name]
-        and not isinstance(value, dict | list)
-        and name not in _RESOLVED
-        and not name.startswith(_NOT_SETTINGS)
-        and "token" not in name
-    }
-
-
-def _public_name(teacher: Teacher) -> str:
-    """A Hub source as a link to its commit; a local path by its last parts alone, which name no machine."""
-    if teacher.commit is None:
-        return f"`{'/'.join(Path(teacher.source).parts[-2:])}`"
-    repo = "/".join(teacher.source.split("@")[0].split("/")[:2])
-    return f"[{teacher.source}](https://huggingface.co/{repo}/tree/{teacher.commit})"
-
-
-def _version(library: str) -> str:
-    try:
-        return importlib.metadata.version(library)
-    except importlib.metadata.PackageNotFoundError:
-        return "(source)"
+def _listed(value: str | list[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])

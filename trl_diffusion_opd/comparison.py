@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table that tells whether a distillation worked: base, teachers, their plain merge and the student, on every task."""
+"""The table that tells whether a training worked: base and student on every task, and where there are teachers these too."""
 
 import json
 from pathlib import Path
@@ -7,32 +7,46 @@ from typing import TYPE_CHECKING, Any
 
 from .base_trainer import Policy
 from .evaluation import score_policy
+from .scores import gains
 
 
 if TYPE_CHECKING:
-    from .opd_trainer import DiffusionOPDTrainer
+    from .base_trainer import DiffusionTrainer
+    from .data import Prompts
 
 
-def compare(trainer: "DiffusionOPDTrainer") -> dict[str, Any]:
+def scored_tasks(trainer: "DiffusionTrainer") -> dict[str, "Prompts"]:
     """
-    Scores all models on the evaluation prompts of the tasks that have reward functions, with the same noise.
+    The evaluation prompts of the tasks that have reward functions.
 
-    The merge adds up the updates of all teachers' LoRAs on the base (weight 1 each), which costs no training: what a
-    student must beat. It needs LoRA teachers only; with a full-model teacher there is no merge.
-
-    Args:
-        trainer ([`DiffusionOPDTrainer`]):
-            A trainer with an `eval_dataset` and `reward_funcs`.
-
-    Returns:
-        `dict`: `{"base": {task: score}, "teachers": {teacher: {task: score}}, "merge": {task: score}, "student":
-        {task: score}}`; with a moving average the student is the averaged one, and `"student_raw"` is there too.
+    Raises:
+        `ValueError`: there are none.
     """
     tasks = {task: data for task, data in trainer.eval_datasets.items() if task in trainer.reward_funcs}
     if not tasks:
         raise ValueError(
             "A comparison needs a task with prompts and a reward: pass `eval_dataset` and `reward_funcs` for it."
         )
+    return tasks
+
+
+def compare(trainer: "DiffusionTrainer") -> dict[str, Any]:
+    """
+    Scores all models on the evaluation prompts of the tasks that have reward functions, with the same noise.
+
+    Where there are teachers, the merge adds up the updates of all their LoRAs on the base (weight 1 each), which costs
+    no training: what a student must beat. With a full-model teacher there is no merge.
+
+    Args:
+        trainer ([`DiffusionTrainer`]):
+            A trainer with an `eval_dataset` and `reward_funcs`.
+
+    Returns:
+        `dict`: `{"base": {task: score}, "student": {task: score}}`; with teachers also `"teachers": {teacher: {task:
+        score}}` and `"merge": {task: score}`; with a moving average the student is the averaged one, and
+        `"student_raw"` is there too.
+    """
+    tasks = scored_tasks(trainer)
 
     def score(policy: Policy) -> dict[str, float]:
         scores = score_policy(trainer, policy, tasks, description=f"Scoring {policy.name}", rewards_only=True)
@@ -40,33 +54,26 @@ def compare(trainer: "DiffusionOPDTrainer") -> dict[str, Any]:
 
     base, student, *teachers = trainer.policies()
     with trainer.student_weights(average=True):
-        results = {
-            "base": score(base),
-            "teachers": {task: score(policy) for task, policy in zip(trainer.teachers, teachers, strict=True)},
-        }
-        adapters = tuple(name for policy in teachers for name in policy.adapters)
-        if all(policy.model is None for policy in teachers):
+        results = {"base": score(base)}
+        if teachers:
+            results["teachers"] = {
+                task: score(policy) for task, policy in zip(trainer.teachers, teachers, strict=True)
+            }
+        if teachers and all(policy.model is None for policy in teachers):
+            adapters = tuple(name for policy in teachers for name in policy.adapters)
             results["merge"] = score(Policy("merge", student.guidance_scale, adapters))
         results["student"] = score(student)
     if trainer.ema is not None:
         with trainer.student_weights(average=False):
             results["student_raw"] = score(student)
+    trainer.outcome.results = results
     return results
-
-
-def gains(results: dict[str, Any]) -> dict[str, float]:
-    """Share of each teacher's gain over the base, on its own task, that the student has."""
-    return {
-        task: (results["student"][task] - results["base"][task]) / (teacher[task] - results["base"][task])
-        for task, teacher in results["teachers"].items()
-        if task in teacher and teacher[task] != results["base"][task]
-    }
 
 
 def format_table(results: dict[str, Any]) -> str:
     """The results as a Markdown table, a row per model and a column per task."""
     rows = {"base": results["base"]}
-    rows |= {f"teacher {name}": scores for name, scores in results["teachers"].items()}
+    rows |= {f"teacher {name}": scores for name, scores in results.get("teachers", {}).items()}
     names = {"merge": "merge of the teachers", "student": "**student**", "student_raw": "student, raw weights"}
     rows |= {title: results[key] for key, title in names.items() if key in results}
     tasks = list(results["base"])
@@ -76,9 +83,9 @@ def format_table(results: dict[str, Any]) -> str:
     for name, scores in rows.items():
         cells = (f"{scores[task]:>{max(9, len(task))}.3f}" for task in tasks)
         lines.append(f"| {name:<{width}}| " + " | ".join(cells) + " |")
-    shares = gains(results)
-    cells = (f"{shares[task]:>{max(9, len(task))}.0%}" if task in shares else " " * 9 for task in tasks)
-    lines.append(f"| {'share of the gain':<{width}}| " + " | ".join(cells) + " |")
+    if shares := gains(results):
+        cells = (f"{shares[task]:>{max(9, len(task))}.0%}" if task in shares else " " * 9 for task in tasks)
+        lines.append(f"| {'share of the gain':<{width}}| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

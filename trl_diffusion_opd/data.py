@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompt sets of the tasks, and which of their prompts a round uses."""
+"""The prompts of the tasks by position, and which of them a round uses."""
 
+import itertools
 import math
-import tempfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import numpy as np
-import torch
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
+from datasets import Dataset, IterableDataset
+from huggingface_hub.utils import httpx
+
+from .downloads import SourceError, explain_failure, retried
 
 
 @dataclass
@@ -29,117 +29,116 @@ class TaskBatch:
             Their prompts.
         seeds (`list[int]`):
             Seed of each sample's noise, a function of run seed, round, task and position alone.
+        groups (`list[int]`):
+            Number of each sample's prompt in the course of the run. Samples of one number share a prompt.
     """
 
     task: str
     rows: list[dict[str, Any]]
     prompts: list[str]
     seeds: list[int]
+    groups: list[int]
 
 
-def load_prompts(source: str | Path, *, split: str = "train", column: str = "prompt", **kwargs) -> Dataset:
+class StreamedPrompts:
     """
-    Loads a prompt set: a `.txt` file (a prompt a line), a `.jsonl` / `.json` / `.csv` / `.parquet` file, or a dataset
-    of the Hub.
+    Rows of a stream by position, read as far as they are asked for and kept. A stream that ends starts over.
+
+    Row `i` is always the same one, so that nothing has to be saved to resume: the rows are read again from the start.
+    Columns that hold anything but text, numbers and lists of them (images, sound, bytes) are left out.
 
     Args:
-        source (`str` or `Path`):
-            Path or `https://` address of a file, path of a folder, or id of a Hub dataset.
-        split (`str`, *optional*, defaults to `"train"`):
-            Split of a Hub dataset or folder.
-        column (`str`, *optional*, defaults to `"prompt"`):
-            Name that the lines of a `.txt` file get.
-        kwargs:
-            Passed on to `datasets.load_dataset`.
-
-    Raises:
-        `ValueError`: the path looks like a file but does not exist, or its type is unknown.
+        stream ([`~datasets.IterableDataset`]):
+            The stream. It must give the same rows in the same order whenever it is iterated.
+        owner (`str`):
+            Whose prompts these are, for the error messages.
+        column (`str`):
+            What the column that holds the prompt is called in the rows.
+        own_column (`str`, *optional*):
+            What it is called in the stream, if that is something else.
     """
-    source = str(source)
-    readers = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-    reader = readers.get(Path(urlparse(source).path).suffix)
-    if reader is None:
-        return load_dataset(source, split=split, **kwargs)
-    if source.startswith(("https://", "http://")):
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / Path(urlparse(source).path).name
-            torch.hub.download_url_to_file(source, str(file), progress=False)
-            return load_prompts(file, column=column, **kwargs)
-    if not Path(source).is_file():
-        raise ValueError(f"The prompt file {source!r} does not exist. Check its spelling.")
-    data = load_dataset(reader, data_files=source, split="train", **kwargs)
-    if reader == "text":
-        lines = (line.strip() for line in data["text"])
-        return Dataset.from_dict({column: [line for line in lines if line]})
-    return data
 
+    def __init__(self, stream: IterableDataset, *, owner: str, column: str, own_column: str | None = None):
+        self.owner = owner
+        self.column = column
+        self.own_column = own_column or column
+        self._stream = stream
+        self._iterator: Iterator[dict[str, Any]] | None = None
+        self._rows: list[dict[str, Any]] = []
+        self._ended = False
 
-def task_datasets(
-    data: Any, tasks: list[str] | None, *, column: str = "prompt", argument: str = "train_dataset"
-) -> dict:
-    """
-    Brings the dataset argument of a trainer into the form `{task: Dataset}`.
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        while not self._ended and len(self._rows) <= position:
+            self._read_row()
+        return self._rows[position % len(self._rows)]
 
-    Args:
-        data (`dict[str, Dataset | list | str | Path]` or `Dataset`):
-            Per task a dataset, a list of prompts or rows, a file or a Hub id; or one dataset with a `"task"` column.
-        tasks (`list[str]`, *optional*):
-            Names that a task may have, those of the teachers.
-        column (`str`, *optional*, defaults to `"prompt"`):
-            Column that holds the prompt.
-        argument (`str`, *optional*, defaults to `"train_dataset"`):
-            Name of the argument, for errors.
-
-    Raises:
-        `ValueError`: a dataset without prompts, without the column, or with prompts that are not text.
-    """
-    if isinstance(data, (DatasetDict, IterableDatasetDict)):
-        raise ValueError(
-            f"`{argument}` is a dictionary of splits ({', '.join(data)}). Choose one, e.g. `{argument}=data['train']`."
-        )
-    if isinstance(data, (list, tuple)) and data and all(isinstance(row, Mapping) for row in data):
-        data = Dataset.from_list(list(data))
-    if isinstance(data, Dataset):
-        if "task" not in data.column_names:
+    def _read_row(self) -> None:
+        try:
+            row = retried(self._next_row)
+        except (OSError, httpx.TransportError) as error:
+            reason = explain_failure(error, "its repository") or f"{error}."
+            raise SourceError(
+                f"{self.owner}: row {len(self._rows)} of the stream could not be read, also after some attempts: "
+                f"{reason} If training had begun, the last checkpoint is intact: resume from it with "
+                "`resume_from_checkpoint`."
+            ) from error
+        except ValueError as error:
+            raise ValueError(f"{self.owner}: row {len(self._rows)} of the stream cannot be read: {error}") from error
+        if row is None:
+            self._ended = True
+            if not self._rows:
+                raise ValueError(f"{self.owner} has no rows. Give the task prompts, or leave it and its teacher out.")
+            return
+        if self.own_column not in row:
+            raise ValueError(f"{self.owner} has no column {self.own_column!r}, only {list(row)}. Set `column` to one.")
+        row = dict(row)  # maybe the very one of the user's list
+        prompt = row.pop(self.own_column)
+        if not isinstance(prompt, str):
             raise ValueError(
-                f"`{argument}` is one dataset without a `task` column (it has {data.column_names}), so its prompts "
-                f"cannot be told apart. Add the column, or pass a dictionary with the keys {tasks}."
+                f"{self.owner}: column {self.own_column!r} must hold text, but row {len(self._rows)} holds {prompt!r}."
             )
-        names = np.array(data["task"])
-        data = {str(task): data.select(np.flatnonzero(names == task)) for task in dict.fromkeys(names.tolist())}
-    if not isinstance(data, Mapping):
-        raise ValueError(
-            f"`{argument}` must be a dictionary from task to prompts or a dataset with a `task` column, but is a "
-            f"{type(data).__name__}."
-        )
-    if tasks is not None and (unknown := sorted(set(data) - set(tasks))):
-        raise ValueError(f"`{argument}` names unknown tasks {unknown}. The tasks are {list(tasks)}.")
-    return {task: _as_dataset(value, task, column, argument) for task, value in data.items()}
+        self._rows.append({self.column: prompt, **{name: value for name, value in row.items() if is_plain(value)}})
+
+    def _next_row(self) -> dict[str, Any] | None:
+        try:
+            if self._iterator is None:
+                self._iterator = itertools.islice(self._stream, len(self._rows), None)
+            return next(self._iterator, None)
+        except Exception:
+            self._iterator = None  # an iterator that raised is at its end: the next attempt starts afresh
+            raise
 
 
-def _as_dataset(data: Any, task: str, column: str, argument: str) -> Dataset:
-    if isinstance(data, (str, Path)):
-        data = load_prompts(data, column=column)
-    elif isinstance(data, (list, tuple)):
-        data = Dataset.from_list([{column: row} if isinstance(row, str) else row for row in data])
-    where = f"`{argument}[{task!r}]`"
-    if isinstance(data, IterableDataset):
-        raise ValueError(
-            f"{where} is a streaming dataset. Rounds draw prompts at random, so take what you need into memory: "
-            "`Dataset.from_list(list(stream.take(10_000)))`."
-        )
-    if not isinstance(data, Dataset):
-        raise ValueError(f"{where} must be a dataset, a list of prompts, a file or a Hub id, but is {type(data)}.")
-    if len(data) == 0:
-        raise ValueError(f"{where} has no rows. Give the task prompts, or leave it and its teacher out.")
-    if column not in data.column_names:
-        raise ValueError(
-            f"{where} has no column {column!r}, only {data.column_names}. Rename one "
-            f"(`dataset.rename_column(..., {column!r})`), or set `prompt_column`."
-        )
-    if not isinstance(data[0][column], str):
-        raise ValueError(f"{where}: column {column!r} must hold text, but row 0 holds {data[0][column]!r}.")
-    return data
+Prompts = Dataset | StreamedPrompts
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is text, a number, nothing, or lists and dictionaries of these: what JSON holds."""
+    if isinstance(value, dict):
+        return all(map(is_plain, value.values()))
+    if isinstance(value, list):
+        return all(map(is_plain, value))
+    return value is None or isinstance(value, str | int | float)
+
+
+def num_prompts(data: Prompts) -> int | None:
+    """Number of prompts of a set, `None` for a stream."""
+    return None if isinstance(data, StreamedPrompts) else len(data)
+
+
+def spread(data: Prompts, count: int) -> list[int]:
+    """Positions of up to `count` prompts: spread over a set, the first ones of a stream."""
+    total = num_prompts(data)
+    if total is None:
+        return list(range(count))
+    count = min(count, total)
+    return [index * total // count for index in range(count)]
+
+
+def prompt_at(data: Prompts, position: int) -> dict[str, Any]:
+    """The row at a position; positions beyond the end start over."""
+    total = num_prompts(data)
+    return data[position if total is None else position % total]
 
 
 class RoundSampler:
@@ -149,10 +148,10 @@ class RoundSampler:
     There is no state to save or to restore. A round holds `weight * batch_size * num_processes * num_micro_rounds`
     samples of each task; processes and micro-rounds take consecutive slices of them, so that the samples of a round
     do not depend on how many processes share the work. Each task walks through a fresh permutation of its prompts in
-    every pass.
+    every pass, or through its stream as it comes.
 
     Args:
-        datasets (`dict[str, Dataset]`):
+        datasets (`dict[str, Dataset | StreamedPrompts]`):
             Prompts of each task.
         batch_size (`int`):
             Samples per task, process and micro-round.
@@ -164,19 +163,22 @@ class RoundSampler:
             Batches of each task in a round; 1 by default.
         num_micro_rounds (`int`, *optional*, defaults to `1`):
             Gradient accumulation steps.
+        num_generations (`int`, *optional*, defaults to `1`):
+            Consecutive samples of a task that share a prompt.
         num_processes (`int`, *optional*, defaults to `1`), process_index (`int`, *optional*, defaults to `0`):
             The processes that share a round, and this one among them.
     """
 
     def __init__(
         self,
-        datasets: dict[str, Dataset],
+        datasets: dict[str, Prompts],
         batch_size: int,
         seed: int,
         *,
         column: str = "prompt",
         weights: dict[str, int] | None = None,
         num_micro_rounds: int = 1,
+        num_generations: int = 1,
         num_processes: int = 1,
         process_index: int = 0,
     ):
@@ -186,15 +188,19 @@ class RoundSampler:
         self.column = column
         self.weights = {task: (weights or {}).get(task, 1) for task in datasets}
         self.num_micro_rounds = num_micro_rounds
+        self.num_generations = num_generations
         self.num_processes = num_processes
         self.process_index = process_index
         self._permutation: dict[str, tuple[int, np.ndarray]] = {}
 
     @property
-    def rounds_per_epoch(self) -> int:
-        """Rounds until every prompt of every task was used at least once."""
-        share = self.batch_size * self.num_processes * self.num_micro_rounds
-        return max(math.ceil(len(data) / (share * self.weights[task])) for task, data in self.datasets.items())
+    def rounds_per_epoch(self) -> int | None:
+        """Rounds until every prompt of every task was used at least once, `None` if a task has a stream."""
+        share = self.batch_size * self.num_processes * self.num_micro_rounds / self.num_generations
+        totals = {task: num_prompts(data) for task, data in self.datasets.items()}
+        if None in totals.values():
+            return None
+        return max(math.ceil(total / (share * self.weights[task])) for task, total in totals.items())
 
     def batches(self, round_index: int, micro_round: int = 0) -> list[TaskBatch]:
         """This process's batches in a (micro-)round, in the order in which all processes visit the tasks."""
@@ -220,7 +226,12 @@ class RoundSampler:
         ]
 
     def distinct_prompts(self, at_most: int) -> list[str] | None:
-        """The distinct prompts of all tasks, in a fixed order, or `None` if there are more than `at_most`."""
+        """
+        The distinct prompts of all tasks, in a fixed order, or `None` if there are more than `at_most` or a task has a
+        stream.
+        """
+        if self.rounds_per_epoch is None:
+            return None
         found: dict[str, None] = {}
         for data in self.datasets.values():
             for prompt in data[self.column]:
@@ -233,16 +244,19 @@ class RoundSampler:
         per_round = self.batch_size * self.num_processes * self.num_micro_rounds * self.weights[task]
         start = (block * self.num_processes + self.process_index) * self.batch_size
         positions = range(start, start + self.batch_size)
-        data = self.datasets[task]
-        rows = [data[self._prompt_index(task, round_index * per_round + position)] for position in positions]
+        groups = [(round_index * per_round + position) // self.num_generations for position in positions]
+        rows = [self.datasets[task][self._prompt_index(task, group)] for group in groups]
         seeds = [sample_seed(self.seed, task, round_index, position) for position in positions]
-        return TaskBatch(task, rows, [row[self.column] for row in rows], seeds)
+        return TaskBatch(task, rows, [row[self.column] for row in rows], seeds, groups)
 
     def _prompt_index(self, task: str, position: int) -> int:
-        epoch, offset = divmod(position, len(self.datasets[task]))
+        total = num_prompts(self.datasets[task])
+        if total is None:
+            return position
+        epoch, offset = divmod(position, total)
         if self._permutation.get(task, (None,))[0] != epoch:
             rng = np.random.default_rng([self.seed, zlib.crc32(task.encode()), epoch])
-            self._permutation[task] = (epoch, rng.permutation(len(self.datasets[task])))
+            self._permutation[task] = (epoch, rng.permutation(total))
         return int(self._permutation[task][1][offset])
 
 

@@ -1,33 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scoring a policy on the prompts of every task: divergences along its rollouts, rewards of its images."""
 
+import asyncio
+import inspect
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
-from datasets import Dataset
 from tqdm.auto import tqdm
 
-from .data import TaskBatch, sample_seed
+from .data import Prompts, TaskBatch, num_prompts, prompt_at, sample_seed
 from .prompts import on_device
+from .rewards import Reward, load_reward
 
 
 if TYPE_CHECKING:
     from .base_trainer import DiffusionTrainer, Policy
 
 # `f(images, prompts, **columns) -> scores`: images as a float tensor `[B, 3, H, W]` in `[0, 1]`, the other columns of
-# the dataset as lists, and one number per image (`None` or NaN where scoring failed).
+# the dataset as lists, and one number per image (`None` or NaN where scoring failed). May be async.
 RewardFunc = Callable[..., list[float]]
 
 
 def normalize_reward_funcs(
-    reward_funcs: Mapping[str, RewardFunc | list[RewardFunc]], tasks: list[str]
+    reward_funcs: Mapping[str, RewardFunc | str | list[RewardFunc | str]], tasks: list[str]
 ) -> dict[str, list[RewardFunc]]:
     """
-    Brings the reward functions into the form `{task: [callable, ...]}`.
+    Brings the reward functions into the form `{task: [callable, ...]}`; names of built-in rewards are looked up.
 
     Raises:
         `ValueError`: a task that is not trained, or something that cannot be called.
@@ -36,7 +39,8 @@ def normalize_reward_funcs(
     for task, funcs in reward_funcs.items():
         if task not in tasks:
             raise ValueError(f"`reward_funcs` names the unknown task {task!r}. The tasks are {tasks}.")
-        normalized[task] = list(funcs) if isinstance(funcs, (list, tuple)) else [funcs]
+        funcs = list(funcs) if isinstance(funcs, (list, tuple)) else [funcs]
+        normalized[task] = [load_reward(func) if isinstance(func, str) else func for func in funcs]
         for func in normalized[task]:
             if not callable(func):
                 raise ValueError(
@@ -46,22 +50,61 @@ def normalize_reward_funcs(
     return normalized
 
 
+def check_columns(
+    reward_funcs: Mapping[str, list[RewardFunc]], datasets: Mapping[str, Prompts], argument: str
+) -> None:
+    """
+    Raises a `ValueError` if the prompts of a task lack a column that one of its rewards needs.
+
+    Args:
+        reward_funcs (`dict[str, list[Callable]]`):
+            From [`normalize_reward_funcs`].
+        datasets (`dict[str, Dataset | StreamedPrompts]`):
+            Prompts of the tasks.
+        argument (`str`):
+            Whose they are, for the error.
+    """
+    for task, funcs in reward_funcs.items():
+        columns = list(datasets[task][0]) if task in datasets else None
+        for reward in (func for func in funcs if isinstance(func, Reward) and columns is not None):
+            if missing := reward.missing_columns(columns):
+                raise ValueError(
+                    f"The reward `{reward.name}` of task {task!r} needs the column {' and '.join(map(repr, missing))}, "
+                    f"but `{argument}` has only {columns}. Add it (see docs/rewards.md), or choose another reward."
+                )
+
+
+def count_images(datasets: Mapping[str, Prompts], num_eval_images: int | None) -> dict[str, int]:
+    """
+    How many images of each task an evaluation draws: by default one of each prompt.
+
+    Raises:
+        `ValueError`: a stream, whose length is not known, without `num_eval_images`.
+    """
+    counts = {task: num_eval_images or num_prompts(data) for task, data in datasets.items()}
+    if streamed := [task for task, count in counts.items() if count is None]:
+        raise ValueError(
+            f"`eval_dataset` has streams ({', '.join(streamed)}), whose length is not known. Set `num_eval_images`."
+        )
+    return counts
+
+
 def evaluation_batch(
-    dataset: Dataset, task: str, positions: list[int], *, seed: int, column: str, purpose: str = "eval"
+    dataset: Prompts, task: str, positions: list[int], *, seed: int, column: str, purpose: str = "eval"
 ) -> TaskBatch:
     """
     Rows of a task's dataset with noise that is the same at every evaluation of a run. Positions beyond its end start
     over, with other noise.
     """
-    rows = [dataset[position % len(dataset)] for position in positions]
+    rows = [prompt_at(dataset, position) for position in positions]
     seeds = [sample_seed(seed, f"{purpose}/{task}", 0, position) for position in positions]
-    return TaskBatch(task, rows, [row[column] for row in rows], seeds)
+    return TaskBatch(task, rows, [row[column] for row in rows], seeds, positions)
 
 
 def score_policy(
     trainer: "DiffusionTrainer",
     policy: "Policy",
-    datasets: dict[str, Dataset],
+    datasets: dict[str, Prompts],
     *,
     description: str = "Evaluating",
     rewards_only: bool = False,
@@ -74,7 +117,7 @@ def score_policy(
             Owner of the models and of the settings of evaluation.
         policy ([`Policy`]):
             The model to score.
-        datasets (`dict[str, Dataset]`):
+        datasets (`dict[str, Dataset | StreamedPrompts]`):
             Prompts of each task.
         description (`str`, *optional*):
             Title of the progress bar.
@@ -83,14 +126,14 @@ def score_policy(
 
     Returns:
         `dict[str, dict[str, float]]`: means by task and metric: what `trainer.rollout_metrics` measures, `reward` where
-        the task has reward functions (their sum; with several, each as `reward/<function>` too), and
+        the task has reward functions (their weighted sum; with several, each as `reward/<function>` too), and
         `reward_failures`, the number of images without a score, where there are any.
     """
     args, device = trainer.args, trainer.accelerator.device
     size, step = args.per_device_eval_batch_size, trainer.args.prompt_cache_size
     shares = {
-        task: list(range(args.num_eval_images or len(data)))[args.process_index :: args.world_size]
-        for task, data in datasets.items()
+        task: list(range(count))[args.process_index :: args.world_size]
+        for task, count in count_images(datasets, args.num_eval_images).items()
     }
     total = sum(map(len, shares.values()))
     progress = tqdm(
@@ -120,12 +163,8 @@ def score_policy(
     return scores
 
 
-def _prompts_at(datasets: dict[str, Dataset], positions: dict[str, list[int]], column: str) -> list[str]:
-    return [
-        datasets[task][position % len(datasets[task])][column]
-        for task, indices in positions.items()
-        for position in indices
-    ]
+def _prompts_at(datasets: dict[str, Prompts], positions: dict[str, list[int]], column: str) -> list[str]:
+    return [prompt_at(datasets[task], position)[column] for task, indices in positions.items() for position in indices]
 
 
 def _score_batch(
@@ -138,12 +177,19 @@ def _score_batch(
         latents, metrics = trainer.rollout_metrics(policy, batch, conditioning)
     columns = {name: values.tolist() for name, values in metrics.items()}
     if batch.task in trainer.reward_funcs:
-        columns |= reward_columns(trainer.reward_funcs[batch.task], trainer.decode(latents), batch)
+        funcs, images = trainer.reward_funcs[batch.task], trainer.decode(latents)
+        columns |= reward_columns(funcs, images, batch, trainer.reward_weights)
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
-def reward_columns(funcs: list[RewardFunc], images: torch.Tensor, batch: TaskBatch) -> dict[str, list[float]]:
-    """Scores of a batch of images: `reward`, and with several functions `reward/<name>` of each. NaN where one failed."""
+@torch.no_grad()  # which holds for one thread only
+def reward_columns(
+    funcs: list[RewardFunc], images: torch.Tensor, batch: TaskBatch, weights: list[float] | None = None
+) -> dict[str, list[float]]:
+    """
+    Scores of a batch of images: `reward`, their weighted sum, and with several functions `reward/<name>` of each. NaN
+    where one failed.
+    """
     extra: dict[str, list[Any]] = {
         name: [row[name] for row in batch.rows]
         for name in batch.rows[0]
@@ -151,8 +197,11 @@ def reward_columns(funcs: list[RewardFunc], images: torch.Tensor, batch: TaskBat
     }
     columns = {}
     for index, func in enumerate(funcs):
-        name = getattr(func, "__name__", type(func).__name__)
+        name = reward_name(func)
         values = func(images, batch.prompts, **extra)
+        if inspect.isawaitable(values):
+            with ThreadPoolExecutor(1) as executor:  # a notebook's own thread has an event loop already
+                values = executor.submit(asyncio.run, _awaited(values)).result()
         if len(values) != len(images):
             raise ValueError(
                 f"The reward function {name!r} of task {batch.task!r} returned {len(values)} scores for {len(images)} "
@@ -160,8 +209,19 @@ def reward_columns(funcs: list[RewardFunc], images: torch.Tensor, batch: TaskBat
             )
         name = f"reward/{name}" if f"reward/{name}" not in columns else f"reward/{name}_{index}"
         columns[name] = [math.nan if value is None else float(value) for value in values]
-    total = [sum(row) for row in zip(*columns.values(), strict=True)]
+    weights = weights or [1.0] * len(funcs)
+    total = [sum(w * v for w, v in zip(weights, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     return {"reward": total, **(columns if len(funcs) > 1 else {})}
+
+
+def reward_name(func: RewardFunc) -> str:
+    """What a reward function is called in logs and tables."""
+    return getattr(func, "__name__", type(func).__name__)
+
+
+async def _awaited(scores: Awaitable[list[float]]) -> list[float]:
+    with torch.no_grad():
+        return await scores
 
 
 def _means(records: list[dict[str, float]]) -> dict[str, float]:

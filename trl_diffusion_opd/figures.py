@@ -21,6 +21,12 @@ def to_pil(image: torch.Tensor) -> PIL.Image.Image:
     return PIL.Image.fromarray((image * 255).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy())
 
 
+def enlarge(image: PIL.Image.Image, at_least: int = 256) -> PIL.Image.Image:
+    """A small image enlarged by a whole factor, its pixels kept sharp; a large one as it is."""
+    factor = math.ceil(at_least / min(image.size))
+    return image.resize((image.width * factor, image.height * factor), PIL.Image.Resampling.NEAREST)
+
+
 def image_grid(columns: dict[str, list[torch.Tensor]], rows: list[str]) -> PIL.Image.Image:
     """
     A labelled grid of images.
@@ -72,7 +78,7 @@ def _wrap(text: str, font: PIL.ImageFont.ImageFont, width: int) -> list[str]:
     return lines
 
 
-def draw_curves(log_history: list[dict[str, Any]], path: Path) -> None:
+def draw_curves(log_history: list[dict[str, Any]], path: Path) -> bool:
     """
     Draws the course of a run: loss and divergence of each task, divergence of each denoising step, rewards.
 
@@ -81,6 +87,9 @@ def draw_curves(log_history: list[dict[str, Any]], path: Path) -> None:
             `trainer.state.log_history`.
         path (`Path`):
             Where the PNG goes.
+
+    Returns:
+        `bool`: whether there was anything to draw.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -96,6 +105,7 @@ def draw_curves(log_history: list[dict[str, Any]], path: Path) -> None:
         ("training divergence", ("loss", "kl/"), True),
         ("held-out divergence", ("eval_kl/", "eval_raw_kl/"), True),
         ("divergence by denoising step", ("kl_step/",), True),
+        ("training reward", ("reward/",), False),
         ("held-out reward", ("eval_reward/", "eval_raw_reward/"), False),
     ]
     panels = [
@@ -104,7 +114,7 @@ def draw_curves(log_history: list[dict[str, Any]], path: Path) -> None:
         if (names := [name for name in series if name.startswith(prefixes)])
     ]
     if not panels:
-        return
+        return False
     figure = Figure(figsize=(5 * len(panels), 3.8), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (title, names, logarithmic) in zip(
@@ -122,3 +132,4 @@ def draw_curves(log_history: list[dict[str, Any]], path: Path) -> None:
         axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
+    return True

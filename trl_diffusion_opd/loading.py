@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loading what a run starts from: the base pipeline and the student's LoRA on it."""
 
-from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import StableDiffusion3Pipeline
+from huggingface_hub import HfApi, constants, get_cached_repo_tree
+from huggingface_hub.errors import CachedRepoTreeNotFoundError
 from peft import LoraConfig
 from torch import nn
 
+from .downloads import SourceError, fetch_checked, hub_errors
 from .lora_files import check_options
 from .pipeline import StableDiffusion3SDEPipeline
-from .sources import Source, fetch, hub_errors
+from .sources import Origin, fetch, parse_source
 
 
 STUDENT = "default"  # the only adapter name that diffusers' LoRA metadata helpers know
@@ -30,8 +33,59 @@ ATTENTION_TARGETS = [
 ]
 
 
+def check_pipeline(
+    model: str | Path | StableDiffusion3Pipeline, init_kwargs: dict[str, Any] | None = None, *, owner: str = "model"
+) -> Origin:
+    """
+    Looks for a pipeline's index before anything large is fetched. diffusers' own errors do not tell a misspelt name
+    from a gated model.
+
+    Args:
+        model (`str` or `Path` or [`~diffusers.StableDiffusion3Pipeline`]):
+            `owner/repo[@revision]` on the Hub, local folder, or a pipeline in memory.
+        init_kwargs (`dict`, *optional*):
+            Arguments of `from_pretrained`.
+        owner (`str`, *optional*, defaults to `"model"`):
+            Who needs it, for the error messages.
+
+    Returns:
+        [`Origin`]: where the pipeline comes from; for the Hub with the commit to load.
+
+    Raises:
+        `ValueError`: a local folder without a pipeline, or nothing that names one.
+        `SourceError`: the model cannot be found or fetched; the message says what to do.
+    """
+    if isinstance(model, StableDiffusion3Pipeline):
+        return Origin.of_model(model)
+    if not isinstance(model, (str, Path)):
+        raise ValueError(
+            f"`model` must be a Hub id, a local folder or a `StableDiffusion3Pipeline`, but is a {type(model)}."
+        )
+    source, kwargs = parse_source(model, kind="model"), dict(init_kwargs or {})
+    if source.path is None:
+        if source.subfolder is not None or (source.revision and "revision" in kwargs):
+            raise ValueError(
+                f"`model` must be `owner/repo` or `owner/repo@revision`, but is {model!r}"
+                f"{' with a `revision` in `model_init_kwargs` too' if source.revision else ''}."
+            )
+        source = replace(source, revision=source.revision or kwargs.get("revision"))
+        return Origin.of_source(source, fetch(source, "model_index.json", owner, **_access(kwargs)).commit)
+    if not source.path.is_dir():
+        raise SourceError(f"{owner}: there is no folder {str(model)!r}. Check the spelling.")
+    if not (source.path / "model_index.json").is_file():
+        raise ValueError(
+            f"`model`: the folder {str(model)!r} has no `model_index.json`. Pass the folder of a whole pipeline, as "
+            "`pipeline.save_pretrained` writes it."
+        )
+    return Origin.of_source(source, None)
+
+
 def load_pipeline(
-    model: str | Path | StableDiffusion3Pipeline, dtype: torch.dtype, init_kwargs: dict[str, Any] | None = None
+    model: str | Path | StableDiffusion3Pipeline,
+    dtype: torch.dtype,
+    init_kwargs: dict[str, Any] | None = None,
+    *,
+    origin: Origin | None = None,
 ) -> StableDiffusion3SDEPipeline:
     """
     Loads the base pipeline, frozen; the VAE in float32 whatever the rest is in, as in the published recipe.
@@ -44,27 +98,25 @@ def load_pipeline(
             Precision of the weights, unless `init_kwargs` has a `dtype` (a `torch.dtype` or its name).
         init_kwargs (`dict`, *optional*):
             Passed on to `from_pretrained`.
+        origin ([`Origin`], *optional*):
+            What [`check_pipeline`] returned, whose commit is loaded.
 
     Raises:
         `ValueError`: the model is no SD3 pipeline, or its transformer has adapters already.
         `SourceError`: the model cannot be found or fetched.
     """
-    if isinstance(model, (str, Path)):
+    origin = origin or check_pipeline(model, init_kwargs)
+    if isinstance(model, StableDiffusion3Pipeline):
+        pipeline = StableDiffusion3SDEPipeline(**model.components)
+    else:
         kwargs = dict(init_kwargs or {})
         chosen = kwargs.pop("dtype", kwargs.pop("torch_dtype", dtype))
         chosen = getattr(torch, chosen) if isinstance(chosen, str) else chosen
-        kwargs["dtype"] = chosen if isinstance(chosen, dict) else {"default": chosen, "vae": torch.float32}
-        check_pipeline(model, init_kwargs)
-        local = Path(model).is_dir()
-        source = Source(repo_id=str(model), revision=kwargs.get("revision"))
-        with nullcontext() if local else hub_errors(source, "model"):
-            pipeline = StableDiffusion3SDEPipeline.from_pretrained(model, **kwargs)
-    elif isinstance(model, StableDiffusion3Pipeline):
-        pipeline = StableDiffusion3SDEPipeline(**model.components)
-    else:
-        raise ValueError(
-            f"`model` must be a Hub id, a local folder or a `StableDiffusion3Pipeline`, but is a {type(model)}."
-        )
+        dtypes = chosen if isinstance(chosen, dict) else {"default": chosen, "vae": torch.float32}
+        kwargs.pop("revision", None)
+        folder = fetch_pipeline(origin, kwargs) if origin.repo_id else Path(model).expanduser()
+        pipeline = StableDiffusion3SDEPipeline.from_pretrained(folder, dtype=dtypes, **kwargs)
+        pipeline.register_to_config(_name_or_path=origin.repo_id or str(model))
     if adapters := getattr(pipeline.transformer, "peft_config", None):
         raise ValueError(
             f"`model`: its transformer has adapters already ({', '.join(adapters)}). Merge them "
@@ -80,24 +132,70 @@ def load_pipeline(
     return pipeline
 
 
-def check_pipeline(model: str | Path, init_kwargs: dict[str, Any] | None = None) -> None:
+def fetch_pipeline(origin: Origin, init_kwargs: dict[str, Any], *, owner: str = "model") -> Path:
     """
-    Looks for a pipeline's index before anything large is fetched. diffusers' own errors do not tell a misspelt name
-    from a gated model.
+    Makes sure that the files which `from_pretrained` needs are on this machine, and returns their folder. What is
+    downloaded now is checked; to read all that was in the cache again would take long for models of many gigabytes.
+    """
+    source, access = parse_source(origin.name), _access(init_kwargs)
+    index = fetch(source, "model_index.json", owner, commit=origin.commit, **access).path
+    cached = set(index.parent.rglob("*"))
+
+    def download() -> Path:
+        return Path(StableDiffusion3SDEPipeline.download(origin.repo_id, revision=origin.commit, **init_kwargs))
+
+    with hub_errors(source, owner):
+        _keep_list_of_files(origin, access)
+        return fetch_checked(download, source, owner, lambda folder: sorted(set(folder.rglob("*")) - cached))
+
+
+def _keep_list_of_files(origin: Origin, access: dict[str, Any]) -> None:
+    """
+    Has the cache know which files a repository has. If it does not, and the Hub does not answer diffusers' question,
+    then diffusers takes the files that are in the cache for all there are.
+    """
+    api = HfApi(token=access.get("token"))
+    try:
+        get_cached_repo_tree(origin.repo_id, revision=origin.commit, cache_dir=access.get("cache_dir"))
+    except CachedRepoTreeNotFoundError:
+        if not constants.HF_HUB_OFFLINE and not access.get("local_files_only"):
+            for _ in api.list_repo_tree(origin.repo_id, recursive=True, revision=origin.commit):
+                pass  # raises if the Hub does not answer, which the next call does not
+            api.snapshot_download(
+                origin.repo_id,
+                revision=origin.commit,
+                cache_dir=access.get("cache_dir"),
+                allow_patterns="model_index.json",
+            )
+
+
+def _access(init_kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {key: init_kwargs[key] for key in ("token", "cache_dir", "local_files_only") if key in init_kwargs}
+
+
+def latent_shape(
+    pipe: StableDiffusion3Pipeline, height: int | None = None, width: int | None = None
+) -> tuple[int, int, int]:
+    """
+    Channels, height and width of the latents of a picture, by default of the model's own size.
 
     Raises:
-        `ValueError`: a local folder without a pipeline.
-        `SourceError`: the model cannot be found or fetched; the message says what to do.
+        `ValueError`: a size that the model cannot draw.
     """
-    if not Path(model).is_dir():
-        kwargs = dict(init_kwargs or {})
-        access = {key: kwargs[key] for key in ("token", "cache_dir", "local_files_only") if key in kwargs}
-        fetch(Source(repo_id=str(model), revision=kwargs.get("revision")), "model_index.json", "model", **access)
-    elif not (Path(model) / "model_index.json").is_file():
-        raise ValueError(
-            f"`model`: the folder {str(model)!r} has no `model_index.json`. Pass the folder of a whole pipeline, as "
-            "`pipeline.save_pretrained` writes it."
-        )
+    default = pipe.default_sample_size * pipe.vae_scale_factor
+    multiple = pipe.vae_scale_factor * pipe.patch_size
+    size = {"height": height or default, "width": width or default}
+    for name, pixels in size.items():
+        if pixels % multiple:
+            raise ValueError(
+                f"`{name}` must be a multiple of {multiple} (VAE factor x patch size), but is {pixels}. Use "
+                f"{round(pixels / multiple) * multiple}."
+            )
+        if pixels // multiple > pipe.transformer.config.pos_embed_max_size:
+            most = pipe.transformer.config.pos_embed_max_size * multiple
+            raise ValueError(f"`{name}` must be at most {most} for this model, but is {pixels}.")
+    channels = pipe.transformer.config.in_channels
+    return channels, size["height"] // pipe.vae_scale_factor, size["width"] // pipe.vae_scale_factor
 
 
 def default_lora(**overrides: Any) -> LoraConfig:

@@ -107,21 +107,24 @@ def save_lora(
     return Path(folder) / weight_name
 
 
-def load_lora_into(transformer: nn.Module, file: str | Path, adapter_name: str = "default") -> None:
+def load_lora_into(transformer: nn.Module, source: str | Path | LoraWeights, adapter_name: str = "default") -> None:
     """
-    Restores the tensors of an existing adapter from a file written by [`save_lora`] (or any that [`read_lora`] reads).
+    Sets the tensors of an existing adapter to those of a file written by [`save_lora`] (or any that [`read_lora`] reads).
 
     Args:
         transformer (`torch.nn.Module`):
             The model that has the adapter. Its active adapter and `requires_grad` flags stay as they are.
-        file (`str` or `Path`):
-            The file or its folder. Its tensors and its scaling must be those of the adapter, else a `ValueError` is
-            raised and nothing is changed.
+        source (`str`, `Path` or [`LoraWeights`]):
+            The file, its folder, or what was read from it. Its tensors and its scaling must be those of the adapter,
+            else a `ValueError` is raised and nothing is changed.
         adapter_name (`str`, *optional*, defaults to `"default"`):
-            Which adapter to restore.
+            Which adapter to set.
     """
-    owner = f"adapter {adapter_name!r} from {str(file)!r}"
-    weights = read_lora(file, owner=owner)
+    if isinstance(source, LoraWeights):
+        owner, weights = source.owner, source
+    else:
+        owner = f"adapter {adapter_name!r} from {str(source)!r}"
+        weights = read_lora(source, owner=owner)
     _check_tensors(weights.state_dict, lora_state_dict(transformer, adapter_name), owner)
     config = transformer.peft_config[adapter_name]
     differing = {

@@ -52,11 +52,17 @@ class LoraWeights:
             The tensors, named as `peft.get_peft_model_state_dict` names them.
         owner (`str`, *optional*, defaults to `"LoRA"`):
             Whose weights these are, for the error messages.
+        saved_format (`str`, *optional*, defaults to `"diffusers"`):
+            Format of the file, `"diffusers"` or `"peft"`.
+        saved_options (`dict`, *optional*):
+            The config as the file has it, with what `config` leaves out; not set if the file has none.
     """
 
     config: LoraConfig
     state_dict: dict[str, torch.Tensor]
     owner: str = "LoRA"
+    saved_format: str = "diffusers"
+    saved_options: dict[str, Any] | None = None
 
 
 def read_lora(path: str | Path, *, weight_name: str | None = None, owner: str = "LoRA") -> LoraWeights:
@@ -78,9 +84,12 @@ def read_lora(path: str | Path, *, weight_name: str | None = None, owner: str = 
     file = _find_file(Path(path), weight_name, owner)
     tensors, header = _read_tensors(file, owner)
     if all(name.startswith(PEFT_PREFIX) for name in tensors):
+        saved_format = "peft"
         state_dict = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()}
-        config = _read_peft_config(file.with_name(PEFT_CONFIG_NAME), owner)
+        options = _read_peft_options(file.with_name(PEFT_CONFIG_NAME), owner)
+        config = _make_config(options, repr(PEFT_CONFIG_NAME), owner)
     else:
+        saved_format = "diffusers"
         _check_diffusers_names(tensors, file, owner)
         state_dict = {name.removeprefix(DIFFUSERS_PREFIX): tensor for name, tensor in tensors.items()}
         options = _diffusers_options(header)
@@ -89,7 +98,7 @@ def read_lora(path: str | Path, *, weight_name: str | None = None, owner: str = 
             state_dict = {name: tensor for name, tensor in state_dict.items() if not name.endswith(".alpha")}
         else:
             config = _make_config(options, f"the metadata of {file.name!r}", owner)
-    return LoraWeights(config, state_dict, owner)
+    return LoraWeights(config, state_dict, owner, saved_format, options)
 
 
 def _find_file(path: Path, weight_name: str | None, owner: str) -> Path:
@@ -157,13 +166,13 @@ def _diffusers_options(header: dict[str, str]) -> dict[str, Any] | None:
     } or None
 
 
-def _read_peft_config(file: Path, owner: str) -> LoraConfig:
+def _read_peft_options(file: Path, owner: str) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(
             f"{owner}: the weights are in the PEFT format but {file.name!r}, which holds their scaling, is not beside "
             f"them in {str(file.parent)!r}. Copy it there."
         )
-    return _make_config(json.loads(file.read_text(encoding="utf-8")), repr(file.name), owner)
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def check_options(options: dict[str, Any], where: str, owner: str) -> None:

@@ -9,22 +9,21 @@ from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache
-from datasets import Dataset
 from diffusers import StableDiffusion3Pipeline
-from huggingface_hub import ModelCard
 from peft import LoraConfig
 from torch import nn
 from transformers import TrainerCallback
 
 from .base_trainer import DiffusionTrainer, Policy
-from .card import make_card
 from .config import DiffusionOPDConfig
 from .data import TaskBatch
 from .denoising import denoise
 from .evaluation import RewardFunc
 from .objectives import step_divergence
+from .plan import MethodPlan, format_origin
+from .record import TeacherRecord
 from .teacher_config import check_tasks, normalize_teachers
-from .teachers import load_teachers
+from .teachers import fetch_teachers, load_teachers
 from .velocity import Conditioning, VelocityModel
 
 
@@ -55,16 +54,16 @@ class DiffusionOPDTrainer(DiffusionTrainer):
 
     Args:
         model (`str` or `Path` or [`~diffusers.StableDiffusion3Pipeline`]):
-            Base of student and teachers: a Hub id, a local folder, or a pipeline in memory, which is used as it is (its
-            transformer gets the adapters).
+            Base of student and teachers: `"owner/repo[@revision]"` on the Hub, a local folder, or a pipeline in memory,
+            which is used as it is (its transformer gets the adapters).
         teachers (`dict` or `list[TeacherConfig]`):
             Teacher of each task: `"owner/repo"`, `"owner/repo/sub/folder"` (either with `@revision`), a local path, a
             [`TeacherConfig`], or a loaded full model with the same latent space.
         args ([`DiffusionOPDConfig`], *optional*):
             Configuration of the trainer.
         train_dataset (`dict` or [`~datasets.Dataset`]):
-            Prompts of each task (a dataset, a list, a `.txt` or `.jsonl` file, a Hub id), or one dataset with a
-            `"task"` column.
+            Prompts of each task (a dataset, a stream, a list, a `.txt` or `.jsonl` file, `"owner/name[@revision]"` on
+            the Hub, or a mapping with that as `path` and options), or one dataset with a `"task"` column.
         eval_dataset (`dict` or [`~datasets.Dataset`], *optional*):
             Held-out prompts in the same form, for some or all tasks.
         reward_funcs (`dict[str, Callable or list[Callable]]`, *optional*):
@@ -78,6 +77,8 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             only once the trainer has added the LoRA.) By default AdamW and `args.lr_scheduler_type`.
         peft_config ([`~peft.LoraConfig`], *optional*):
             LoRA of the student. By default rank 32, alpha 64, gaussian init, on the attention projections.
+        adapter (`str` or `Path`, *optional*):
+            LoRA to start from, from the Hub or from disk, with the shape of `peft_config` if that is given.
 
     Raises:
         `ValueError`: teachers and prompts whose tasks do not match, a teacher that does not fit the base, and settings
@@ -111,6 +112,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Callable | None, Callable | None] = (None, None),
         peft_config: LoraConfig | None = None,
+        adapter: str | Path | None = None,
     ):
         if train_dataset is None:
             raise ValueError("`train_dataset` is required: the prompts of each task.")
@@ -125,10 +127,14 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
             peft_config=peft_config,
+            adapter=adapter,
         )
 
-    def check_tasks(self, datasets: dict[str, Dataset]) -> None:
-        check_tasks(self._teacher_configs, datasets)
+    def check_tasks(self, tasks: list[str]) -> None:
+        check_tasks(self._teacher_configs, tasks)
+
+    def fetch_models(self) -> None:
+        self._teacher_files = fetch_teachers(self._teacher_configs)
 
     def add_models(self, args: DiffusionOPDConfig) -> None:
         self.loaded_teachers = load_teachers(
@@ -136,6 +142,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             self.transformer,
             guidance_scale=args.guidance_scale,
             vae=self.pipeline.vae,
+            files=self._teacher_files,
             show_progress=args.process_index == 0 and not args.disable_tqdm,
         )
         self.teachers = {
@@ -148,9 +155,6 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             for task, teacher in self.loaded_teachers.items()
         }
 
-    def policies(self) -> list[Policy]:
-        return [*super().policies(), *self.teachers.values()]
-
     @property
     def provenance(self) -> dict[str, Any]:
         teachers = {
@@ -159,8 +163,30 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         }
         return {**super().provenance, "teachers": teachers}
 
-    def make_card(self, **kwargs) -> ModelCard:
-        return make_card(self, **kwargs)
+    def plan(self) -> MethodPlan:
+        return MethodPlan(
+            objective="mean matching, Eq. 12" if self.args.noise_level == 0 else "closed-form KL, Eq. 11",
+            tasks={
+                task: f"teacher: {'full model' if teacher.model is not None else 'LoRA'} "
+                f"{format_origin(teacher.origin)}, guidance {teacher.guidance_scale:g}"
+                for task, teacher in self.loaded_teachers.items()
+            },
+        )
+
+    def describe_run(self) -> dict[str, Any]:
+        tasks = list(self.loaded_teachers)
+        return {
+            "summary": (
+                f"One LoRA for {'the task' if len(tasks) == 1 else f'{len(tasks)} tasks'} ({', '.join(tasks)}), learnt "
+                f"from {'a teacher' if len(tasks) == 1 else 'a teacher for each'}. It was distilled on-policy: the "
+                "student drew pictures of its own, and at every denoising step the teacher of the picture's task "
+                "showed where it would have gone instead."
+            ),
+            "teachers": [
+                TeacherRecord(task, teacher.origin, teacher.guidance_scale, teacher.fingerprint, teacher.model is None)
+                for task, teacher in self.loaded_teachers.items()
+            ],
+        }
 
     # The method
 

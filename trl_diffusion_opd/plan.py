@@ -2,58 +2,99 @@
 """What a run is going to do and to need, told before it starts."""
 
 import math
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from torch import nn
 
+from .data import Prompts, num_prompts
 from .disk import checkpoint_bytes, format_bytes
+from .rewards import Reward
+from .sources import Origin
 
 
 if TYPE_CHECKING:
-    from .opd_trainer import DiffusionOPDTrainer
+    from .base_trainer import DiffusionTrainer
 
 
-def describe_plan(trainer: "DiffusionOPDTrainer") -> str:
-    """Tasks, teachers, rounds and an estimate of the memory, as text."""
+@dataclass
+class MethodPlan:
+    """
+    What a method adds to the plan of a run.
+
+    Args:
+        objective (`str`):
+            What is trained, in a few words.
+        tasks (`dict[str, str]`):
+            What each task is learnt from.
+        lines (`dict[str, str]`, *optional*):
+            More lines by their titles.
+        memory (`dict[str, int]`, *optional*):
+            Bytes that it keeps on the training device during rounds.
+    """
+
+    objective: str
+    tasks: dict[str, str]
+    lines: dict[str, str] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
+
+
+def describe_plan(trainer: "DiffusionTrainer") -> str:
+    """Tasks, what they are learnt from, rounds and an estimate of the memory, as text."""
     args, sampler = trainer.args, trainer.sampler
     rounds = args.max_steps
+    per_epoch = sampler.rounds_per_epoch
     if rounds < 0:
-        rounds = math.ceil(args.num_train_epochs * sampler.rounds_per_epoch)
+        rounds = math.ceil(args.num_train_epochs * per_epoch)
     processes = args.world_size
     trained = len(trainer.schedule) - args.skip_last_steps
-    objective = "mean matching, Eq. 12" if args.noise_level == 0 else "closed-form KL, Eq. 11"
     _, height, width = trainer.latent_shape
     factor = trainer.pipeline.vae_scale_factor
     rank = trainer.transformer.peft_config["default"].r
-    estimate = memory_estimate(trainer)
-    encoding = estimate["transformer and teachers"] + _bytes(*_text_encoders(trainer))
+    method = trainer.plan()
+    estimate = memory_estimate(trainer) | method.memory
+    encoding = estimate["models"] + _bytes(*_text_encoders(trainer))
+    judges = any(isinstance(reward, Reward) for funcs in trainer.reward_funcs.values() for reward in funcs)
+    start = trainer.adapter_origin
     peak = max(sum(estimate.values()), encoding)
     lines = [
-        f"base       {trainer.base_model or 'in memory'}, {width * factor}x{height * factor} px",
-        f"student    LoRA of rank {rank}, {_count(_trainable(trainer)):,} parameters, guidance {args.guidance_scale:g}",
+        f"base       {format_origin(trainer.base_origin)}, {width * factor}x{height * factor} px",
+        f"student    LoRA of rank {rank}, {_count(_trainable(trainer)):,} parameters, guidance {args.guidance_scale:g}"
+        + (f", starts from {format_origin(start)}" if start else ""),
         "tasks",
     ]
-    for task, teacher in trainer.loaded_teachers.items():
-        held_out = len(trainer.eval_datasets.get(task, ()))
-        kind = "full model" if teacher.model is not None else "LoRA"
+    for task, source in method.tasks.items():
+        held_out = _amount(trainer.eval_datasets[task]) if task in trainer.eval_datasets else "0"
         lines.append(
-            f"  {task:<12} {len(trainer.datasets[task]):,} prompts ({held_out:,} held out), weight "
-            f"{sampler.weights[task]}; teacher: {kind} {teacher.source}, guidance {teacher.guidance_scale:g}"
+            f"  {task:<12} {_amount(trainer.datasets[task])} prompts ({held_out} held out), weight "
+            f"{sampler.weights[task]}; {source}"
         )
     lines += [
         f"rollout    {len(trainer.schedule)} steps of {args.solver} at noise level {args.noise_level:g}, {trained} of "
-        f"them trained ({objective})",
-        f"rounds     {rounds:,} of {sampler.prompts_per_round * processes} images on {processes} process(es); "
-        f"{sampler.rounds_per_epoch:,} rounds see every prompt once",
+        f"them trained ({method.objective})",
+        *(f"{title:<10} {text}" for title, text in method.lines.items()),
+        f"rounds     {rounds:,} of {sampler.prompts_per_round * processes} images on {processes} process(es)"
+        + (f"; {per_epoch:,} rounds see every prompt once" if per_epoch else ""),
         f"memory     about {format_bytes(peak)} per process; during rounds: "
         + ", ".join(f"{name} {format_bytes(size)}" for name, size in estimate.items())
-        + f"; while prompts are encoded: {format_bytes(encoding)}",
+        + f"; while prompts are encoded: {format_bytes(encoding)}"
+        + ("; without the models of the rewards" if judges else ""),
         f"disk       {format_bytes(checkpoint_bytes(trainer))} per checkpoint in {args.output_dir}",
     ]
     return "\n".join(lines)
 
 
-def memory_estimate(trainer: "DiffusionOPDTrainer") -> dict[str, int]:
+def format_origin(origin: Origin) -> str:
+    """Name and commit of a model, in short."""
+    return origin.name + (f" ({origin.commit[:7]})" if origin.commit else "")
+
+
+def _amount(data: Prompts) -> str:
+    total = num_prompts(data)
+    return "streamed" if total is None else f"{total:,}"
+
+
+def memory_estimate(trainer: "DiffusionTrainer") -> dict[str, int]:
     """
     Bytes on the training device during rounds. Weights and optimizer state are exact; activations are estimated as
     what the transformer's blocks keep for the backward (about 20 hidden states each, or one with activation
@@ -68,8 +109,8 @@ def memory_estimate(trainer: "DiffusionOPDTrainer") -> dict[str, int]:
     hidden = rows * tokens * config.num_attention_heads * config.attention_head_dim * bytes_each
     kept = config.num_layers + 20 if args.activation_checkpointing else 20 * config.num_layers
     return {
-        "transformer and teachers": _bytes(
-            trainer.transformer, *(t.model for t in trainer.loaded_teachers.values() if t.model is not None)
+        "models": _bytes(
+            trainer.transformer, *(policy.model for policy in trainer.policies() if policy.model is not None)
         ),
         "gradients, AdamW, average": 4 * _count(trainable) * (4 if trainer.ema is not None else 3),
         "text encoders": 0 if args.offload_text_encoders else _bytes(*_text_encoders(trainer)),
@@ -77,7 +118,7 @@ def memory_estimate(trainer: "DiffusionOPDTrainer") -> dict[str, int]:
     }
 
 
-def _trainable(trainer: "DiffusionOPDTrainer") -> list[nn.Parameter]:
+def _trainable(trainer: "DiffusionTrainer") -> list[nn.Parameter]:
     return [parameter for parameter in trainer.transformer.parameters() if parameter.requires_grad]
 
 
@@ -85,7 +126,7 @@ def _count(parameters: list[nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
 
-def _text_encoders(trainer: "DiffusionOPDTrainer") -> list[nn.Module]:
+def _text_encoders(trainer: "DiffusionTrainer") -> list[nn.Module]:
     pipe = trainer.pipeline
     return [m for m in (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3) if m is not None]
 

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a LoRA comes from: a local path or a Hub repository, and how its files get onto this machine."""
+"""Where models and prompts come from: a local path or a Hub repository, and how files get onto this machine."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
+
+from .downloads import SourceError, fetch_checked, hub_errors, retried
 
 
 PEFT_CONFIG_NAME = "adapter_config.json"
@@ -13,14 +16,10 @@ DIFFUSERS_WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 PICKLE_SUFFIXES = (".bin", ".pt", ".ckpt", ".pth", ".pkl")
 
 
-class SourceError(OSError):
-    """The files of a LoRA could not be found or fetched; the message names who asked for them and the remedy."""
-
-
 @dataclass(frozen=True)
 class Source:
     """
-    A parsed LoRA location: exactly one of `path` and `repo_id` is set.
+    A parsed location: exactly one of `path` and `repo_id` is set.
 
     Args:
         repo_id (`str`, *optional*):
@@ -31,12 +30,15 @@ class Source:
             Branch, tag or commit of the repository.
         path (`Path`, *optional*):
             Local file or folder.
+        repo_type (`str`, *optional*, defaults to `"model"`):
+            `"model"` or `"dataset"`.
     """
 
     repo_id: str | None = None
     subfolder: str | None = None
     revision: str | None = None
     path: Path | None = None
+    repo_type: str = "model"
 
     def __str__(self) -> str:
         if self.path is not None:
@@ -45,15 +47,20 @@ class Source:
         revision = f"@{self.revision}" if self.revision else ""
         return f"{self.repo_id}{subfolder}{revision}"
 
+    @property
+    def page(self) -> str:
+        """The page of the Hub repository."""
+        return _page(self.repo_id, self.repo_type)
+
 
 @dataclass(frozen=True)
 class Resolved:
     """
-    A LoRA that is on this machine.
+    Files that are on this machine.
 
     Args:
         path (`Path`):
-            The local file or folder; for a Hub source, the downloaded weights file.
+            The local file or folder; for a Hub source, the downloaded file.
         commit (`str`, *optional*):
             The Hub commit the files belong to; not set for a local source.
     """
@@ -62,7 +69,65 @@ class Resolved:
     commit: str | None = None
 
 
-def parse_source(text: str | Path) -> Source:
+@dataclass(frozen=True)
+class Origin:
+    """
+    Where a model or a prompt set came from, told without naming this machine.
+
+    Args:
+        name (`str`):
+            For the Hub `owner/repo[/sub/folder][@revision]` as it was asked for; for a local path its last two parts.
+        repo_id (`str`, *optional*):
+            Hub repository; not set for what is local.
+        commit (`str`, *optional*):
+            The Hub commit that was read.
+        repo_type (`str`, *optional*, defaults to `"model"`):
+            `"model"` or `"dataset"`.
+    """
+
+    name: str
+    repo_id: str | None = None
+    commit: str | None = None
+    repo_type: str = "model"
+
+    @classmethod
+    def local(cls, path: str | Path, repo_type: str = "model") -> "Origin":
+        """The origin of a local file or folder."""
+        return cls("/".join(Path(path).resolve().parts[1:][-2:]), repo_type=repo_type)
+
+    @classmethod
+    def of_source(cls, source: Source, commit: str | None) -> "Origin":
+        """The origin of what was read from a source."""
+        if source.path is not None:
+            return cls.local(source.path, source.repo_type)
+        return cls(str(source), source.repo_id, commit, source.repo_type)
+
+    @classmethod
+    def of_model(cls, model: Any) -> "Origin":
+        """The origin of a model in memory, as far as its config tells it; else the name of its class."""
+        name = str(model.config.get("_name_or_path") or "")
+        transformer = getattr(model, "transformer", model)
+        folder = str(transformer.config.get("_name_or_path") or "")
+        if cached := re.search(r"models--([^/\\]+)--([^/\\]+)[/\\]snapshots[/\\]([0-9a-f]{40})", f"{name} {folder}"):
+            owner, repo, commit = cached.groups()
+            return cls(f"{owner}/{repo}", f"{owner}/{repo}", commit)
+        if name and Path(name).exists():
+            return cls.local(name)
+        return cls(name, name) if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else cls(type(model).__name__)
+
+    @property
+    def url(self) -> str | None:
+        """Its page at that commit, for what is on the Hub."""
+        if self.repo_id is None:
+            return None
+        return _page(self.repo_id, self.repo_type) + (f"/tree/{self.commit}" if self.commit else "")
+
+
+def _page(repo_id: str, repo_type: str) -> str:
+    return f"https://huggingface.co/{'' if repo_type == 'model' else f'{repo_type}s/'}{repo_id}"
+
+
+def parse_source(text: str | Path, *, kind: str = "LoRA", repo_type: str = "model") -> Source:
     """
     Parses `"owner/repo"`, `"owner/repo/sub/folder"` or `"owner/repo/sub/folder@revision"`, or a local path.
 
@@ -71,25 +136,35 @@ def parse_source(text: str | Path) -> Source:
     Args:
         text (`str` or `Path`):
             The location. A `Path`, and a string that starts with `/`, `.` or `~`, is always local.
+        kind (`str`, *optional*, defaults to `"LoRA"`):
+            What it is the location of, for the error messages.
+        repo_type (`str`, *optional*, defaults to `"model"`):
+            `"model"` or `"dataset"`.
 
     Returns:
         [`Source`]: the parsed location. Nothing is looked up on the Hub.
     """
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))
     if isinstance(text, Path) or text.startswith(("/", ".", "~")) or (text and path.exists()):
-        return Source(path=path)
+        return Source(path=path, repo_type=repo_type)
     if "://" in text:
         raise ValueError(
-            f"A LoRA location is `owner/repo/subfolder@revision` or a local path, not a URL, but is {text!r}."
+            f"A {kind} location is `owner/repo/subfolder@revision` or a local path, not a URL, but is {text!r}."
         )
     location, at, revision = text.partition("@")
     parts = location.split("/")
     if len(parts) < 2 or not all(parts) or (at and not revision):
         raise ValueError(
-            f"A LoRA location must be an existing local path or `owner/repo`, `owner/repo/subfolder` or "
+            f"A {kind} location must be an existing local path or `owner/repo`, `owner/repo/subfolder` or "
             f"`owner/repo/subfolder@revision`, but is {text!r}, which is neither (there is no such path on disk)."
         )
-    return Source(repo_id="/".join(parts[:2]), subfolder="/".join(parts[2:]) or None, revision=revision or None)
+    subfolder = "/".join(parts[2:]) or None
+    return Source("/".join(parts[:2]), subfolder, revision or None, repo_type=repo_type)
+
+
+def is_absolute(value: Any) -> bool:
+    """Whether a value is the path of a place on this machine, which names the machine or its user."""
+    return isinstance(value, str) and (Path(value).is_absolute() or value.startswith("~"))
 
 
 def check_not_pickle(name: str | Path, owner: str) -> None:
@@ -130,30 +205,29 @@ def resolve(source: Source | str | Path, *, weight_name: str | None = None, owne
 
 def _download(source: Source, weight_name: str | None, owner: str) -> Resolved:
     with hub_errors(source, owner):
-        commit, error = _fetch(source, PEFT_CONFIG_NAME)[1:]
+        config, commit, error = _fetch(source, PEFT_CONFIG_NAME, owner)
         # Not asked or no answer: the weights may still be in the cache, and asking again would only take time.
         cached_only = error is not None and not _is_absent(error)
-        name = weight_name or (DIFFUSERS_WEIGHT_NAME if commit is None else PEFT_WEIGHT_NAME)
+        name = weight_name or (DIFFUSERS_WEIGHT_NAME if config is None else PEFT_WEIGHT_NAME)
         # All files come from one commit, also if somebody pushes in the meantime.
-        pinned = source if commit is None else Source(source.repo_id, source.subfolder, commit)
-        path, commit, weights_error = _fetch(pinned, name, cached_only)
+        path, commit, weights_error = _fetch(source, name, owner, commit=commit, local_files_only=cached_only)
         if path is not None:
             return Resolved(path, commit)
         if cached_only:
             raise error
         if not _is_absent(weights_error):
             raise weights_error
-        names = _list_names(pinned)
+        names = _list_names(source)
     _raise_absent(source, name, names, owner)
 
 
-def fetch(source: Source, name: str, owner: str, **kwargs) -> Resolved:
+def fetch(source: Source, name: str, owner: str, *, commit: str | None = None, **kwargs) -> Resolved:
     """
-    Makes sure that one file of a Hub repository is on this machine; raises a [`SourceError`] that says what to do.
-    `kwargs` (`token`, `cache_dir`, ...) go to `hf_hub_download`.
+    Makes sure that one file of a Hub repository, at `commit` if given, is on this machine; raises a [`SourceError`]
+    that says what to do. `kwargs` (`token`, `cache_dir`, ...) go to `hf_hub_download`.
     """
     with hub_errors(source, owner):
-        path, commit, error = _fetch(source, name, **kwargs)
+        path, commit, error = _fetch(source, name, owner, commit=commit, **kwargs)
         if error is not None and not _is_absent(error):
             raise error
     if path is None:
@@ -161,8 +235,22 @@ def fetch(source: Source, name: str, owner: str, **kwargs) -> Resolved:
     return Resolved(path, commit)
 
 
+def find_commit(source: Source, name: str, owner: str, **kwargs) -> str | None:
+    """
+    The commit that a Hub source is at, told by a request for one of its files, which need not be there. `None` if
+    HF_HUB_OFFLINE is set and the file is not in the cache.
+    """
+    from huggingface_hub import constants
+
+    with hub_errors(source, owner):
+        _, commit, error = _fetch(source, name, owner, **kwargs)
+        if error is not None and not _is_absent(error) and not constants.HF_HUB_OFFLINE:
+            raise error
+    return commit
+
+
 def _fetch(
-    source: Source, name: str, local_files_only: bool = False, **kwargs
+    source: Source, name: str, owner: str, *, commit: str | None = None, **kwargs
 ) -> tuple[Path | None, str | None, Exception | None]:
     """Downloads one file; returns its path and commit, or why it is not there."""
     # Imported here because local teachers do not need the Hub client.
@@ -170,14 +258,19 @@ def _fetch(
     from huggingface_hub.errors import EntryNotFoundError
 
     filename = f"{source.subfolder}/{name}" if source.subfolder else name
-    try:
+
+    def download() -> Path:
         file = hf_hub_download(
-            source.repo_id, filename, revision=source.revision, local_files_only=local_files_only, **kwargs
+            source.repo_id, filename, revision=commit or source.revision, repo_type=source.repo_type, **kwargs
         )
+        return Path(file)
+
+    try:
+        path = fetch_checked(download, source, owner, lambda path: [path])
     except EntryNotFoundError as error:
-        return None, None, error
+        response = getattr(error, "response", None)
+        return None, response.headers.get("X-Repo-Commit") if response is not None else None, error
     # The cache stores a file at `snapshots/<commit>/<filename>`.
-    path = Path(file)
     return path, path.parents[len(PurePosixPath(filename).parts) - 1].name, None
 
 
@@ -191,7 +284,7 @@ def _is_absent(error: Exception) -> bool:
 def _list_names(source: Source) -> list[str]:
     from huggingface_hub import HfApi
 
-    return HfApi().list_repo_files(source.repo_id, revision=source.revision)
+    return retried(lambda: HfApi().list_repo_files(source.repo_id, revision=source.revision))
 
 
 def _raise_absent(source: Source, name: str, names: list[str], owner: str) -> None:
@@ -207,62 +300,3 @@ def _raise_absent(source: Source, name: str, names: list[str], owner: str) -> No
         folders = sorted({str(PurePosixPath(other).parent) for other in names if other.endswith(".safetensors")})
         hint = f"Folders of the repository with safetensors files: {', '.join(map(repr, folders)) or 'none'}."
     raise SourceError(f"{owner}: there is no file {name!r} in {source}. {hint}")
-
-
-@contextmanager
-def hub_errors(source: Source, owner: str) -> Iterator[None]:
-    """Turns the errors of `huggingface_hub` into one [`SourceError`] that says what to do."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    repo = source.repo_id
-    try:
-        yield
-    except HFValidationError as error:
-        raise SourceError(
-            f"{owner}: {repo!r} is not a valid Hub repository name. Check the spelling. {error}"
-        ) from error
-    except GatedRepoError as error:  # a subclass of RepositoryNotFoundError: it must come first
-        raise SourceError(
-            f"{owner}: the repository {repo!r} is gated. Accept its licence at https://huggingface.co/{repo} and log "
-            "in with `hf auth login` (or set HF_TOKEN)."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise SourceError(
-            f"{owner}: the repository {repo!r} was not found on the Hub. Check the spelling; if it is private, log in "
-            "with `hf auth login` (or set HF_TOKEN) using an account that can see it."
-        ) from error
-    except RevisionNotFoundError as error:
-        raise SourceError(
-            f"{owner}: the repository {repo!r} has no revision {source.revision or 'main'!r}. Pass an existing "
-            f"branch, tag or commit: https://huggingface.co/{repo}/commits."
-        ) from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError) as error:
-        cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
-        raise SourceError(f"{owner}: {source} is not in the local cache and {_explain(cause, repo)}") from error
-    except OSError as error:
-        raise SourceError(f"{owner}: downloading {source} failed: {error}") from error
-
-
-def _explain(error: BaseException, repo: str) -> str:
-    from huggingface_hub import constants
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
-    if constants.HF_HUB_OFFLINE or isinstance(error, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set. Unset it, or download the files once while online."
-    if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code
-        if status in (401, 403):
-            return (
-                f"the Hub refused access (HTTP {status}). Log in with `hf auth login` (or set HF_TOKEN) using an "
-                f"account that can see https://huggingface.co/{repo}."
-            )
-        return f"the Hub answered with HTTP {status}. Try again later."
-    return f"{constants.ENDPOINT} could not be reached ({type(error).__name__}). Check the connection and HF_ENDPOINT."

@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 
 from .lora import add_lora, lora_scaling, lora_state_dict
 from .lora_files import read_lora
-from .sources import resolve
-from .teacher_config import full_model, normalize_teachers
+from .sources import Origin, Resolved, resolve
+from .teacher_config import TeacherConfig, full_model, normalize_teachers
 
 
 if TYPE_CHECKING:
@@ -38,9 +38,9 @@ class Teacher:
         fingerprint (`str`):
             SHA-256 of its weights as loaded. See [`teacher_fingerprint`].
         source (`str`):
-            Where it came from.
-        commit (`str`, *optional*):
-            The Hub commit it came from.
+            Where it came from, as it was named.
+        origin ([`Origin`]):
+            Where it came from, with the Hub commit and without naming this machine.
     """
 
     name: str
@@ -49,7 +49,37 @@ class Teacher:
     model: nn.Module | None = field(repr=False)
     fingerprint: str
     source: str
-    commit: str | None
+    origin: Origin
+
+    @property
+    def commit(self) -> str | None:
+        """The Hub commit it came from."""
+        return self.origin.commit
+
+
+def fetch_teachers(configs: Mapping[str, TeacherConfig]) -> dict[str, Resolved]:
+    """
+    Makes sure that the files of all LoRA teachers are on this machine.
+
+    Args:
+        configs (`Mapping[str, TeacherConfig]`):
+            What [`normalize_teachers`] returns.
+
+    Returns:
+        `dict[str, Resolved]`: the files of each LoRA teacher, by task.
+
+    Raises:
+        `SourceError`: one cannot be found or fetched; the message says what to do.
+    """
+    return {
+        task: resolve(config.source(), weight_name=config.weight_name, owner=_owner(task, config))
+        for task, config in configs.items()
+        if isinstance(config.name_or_path, str | Path)
+    }
+
+
+def _owner(task: str, config: TeacherConfig) -> str:
+    return f"teacher {task!r} ({config.source()})"
 
 
 def load_teachers(
@@ -58,6 +88,7 @@ def load_teachers(
     *,
     guidance_scale: float,
     vae: "AutoencoderKL | None" = None,
+    files: Mapping[str, Resolved] | None = None,
     show_progress: bool = True,
 ) -> dict[str, Teacher]:
     """
@@ -74,6 +105,8 @@ def load_teachers(
             Guidance of the student, for the teachers that set none.
         vae (`AutoencoderKL`, *optional*):
             The student's VAE. If given, that of a teacher pipeline must have the same latents.
+        files (`Mapping[str, Resolved]`, *optional*):
+            What [`fetch_teachers`] returned, which is called if it is not given.
         show_progress (`bool`, *optional*, defaults to `True`):
             Whether to show a progress bar.
 
@@ -82,6 +115,7 @@ def load_teachers(
     """
     loaded = {}
     configs = normalize_teachers(teachers)
+    files = fetch_teachers(configs) if files is None else files
     for index, (task, config) in enumerate(tqdm(configs.items(), desc="Loading teachers", disable=not show_progress)):
         teacher = Teacher(
             name=task,
@@ -90,20 +124,19 @@ def load_teachers(
             model=None,
             fingerprint="",
             source="",
-            commit=None,
+            origin=Origin(""),
         )
         if isinstance(config.name_or_path, str | Path):
-            source = config.source()
-            owner = f"teacher {task!r} ({source})"
-            resolved = resolve(source, weight_name=config.weight_name, owner=owner)
+            source, resolved, owner = config.source(), files[task], _owner(task, config)
             teacher.adapter_name = f"teacher_{index}"
-            teacher.source, teacher.commit = str(source), resolved.commit
+            teacher.source, teacher.origin = str(source), Origin.of_source(source, resolved.commit)
             weight_name = config.weight_name if resolved.path.is_dir() else None
             add_lora(transformer, read_lora(resolved.path, weight_name=weight_name, owner=owner), teacher.adapter_name)
         else:
             teacher.model = full_model(config.name_or_path)
             name = teacher.model.config.get("_name_or_path")
             teacher.source = str(name or type(teacher.model).__name__)
+            teacher.origin = Origin.of_model(config.name_or_path)
             _check_full_model(task, config.name_or_path, teacher.model, transformer, vae)
             teacher.model.eval().requires_grad_(False)
         teacher.fingerprint = teacher_fingerprint(teacher, transformer)

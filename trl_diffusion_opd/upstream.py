@@ -6,26 +6,41 @@ All overrides of upstream internals are here; `tests/test_upstream.py` fails whe
 """
 
 import json
+import logging
 import os
+import shlex
 import shutil
+from concurrent.futures import Future
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from huggingface_hub import run_as_future
 from torch.utils.data import DataLoader, Dataset
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
 from transformers.utils import PushInProgress
 from trl.trainer.base_trainer import _BaseTrainer
 
+from .hub import (
+    RAW_WEIGHT_NAME,
+    TRAINING_ARGS_FILE,
+    PushError,
+    create_repo,
+    dump_json,
+    push_files,
+    read_run,
+    without_paths,
+)
 from .lora import load_lora_into, save_lora
 from .sources import DIFFUSERS_WEIGHT_NAME
 
 
-TRAINING_ARGS_FILE = "training_args.json"
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
+
+logger = logging.getLogger(__name__)
+
 PROVENANCE_FILE = "provenance.json"
-# Must not end in `pytorch_lora_weights.safetensors`: `load_lora_weights(repo)` takes any file that does.
-RAW_WEIGHT_NAME = "pytorch_lora_weights_raw.safetensors"
-# Never uploaded: local state, and pickles.
-_NOT_PUSHED = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*", "*.pt", "*.pth", "*.bin"]
 
 
 class _RoundIndices(Dataset):
@@ -50,7 +65,8 @@ class LoraTrainer(_BaseTrainer):
     A [`~transformers.Trainer`] whose model is a LoRA adapter called `"default"` on a diffusers transformer.
 
     Subclasses set `transformer` (the module with the adapter), `ema` (a [`StudentEMA`] or `None`) and `provenance` (a
-    JSON-like dictionary of what the run was made from, which a resumed run must share), and define `make_card`.
+    JSON-like dictionary of what the run was made from, which a resumed run must share), and define `make_record`, the
+    [`RunRecord`] that the model card is rendered from.
     """
 
     loss_is_scaled_for_ga = True  # the training step divides by the number of accumulation steps itself
@@ -78,12 +94,15 @@ class LoraTrainer(_BaseTrainer):
         output_dir.mkdir(parents=True, exist_ok=True)
         if self.ema is None:
             save_lora(output_dir, self.transformer)
+            (output_dir / RAW_WEIGHT_NAME).unlink(missing_ok=True)  # of an earlier run in this folder
         else:
             with self.ema.applied():
                 save_lora(output_dir, self.transformer)
             save_lora(output_dir, self.transformer, weight_name=RAW_WEIGHT_NAME)
-        _write_json(output_dir / TRAINING_ARGS_FILE, self.args.to_dict())
-        _write_json(output_dir / PROVENANCE_FILE, self.provenance)
+        settings = dump_json(without_paths(self.args.to_dict()))
+        (output_dir / TRAINING_ARGS_FILE).write_text(settings, encoding="utf-8")
+        (output_dir / PROVENANCE_FILE).write_text(dump_json(self.provenance), encoding="utf-8")
+        self.make_record().save(output_dir)
 
     def _get_output_dir(self, trial) -> str:
         return self._staging_dir or super()._get_output_dir(trial)
@@ -109,6 +128,7 @@ class LoraTrainer(_BaseTrainer):
             if best.name == name or best.is_dir():
                 self.state.best_model_checkpoint = str(best)
         if self.args.should_save:
+            self.save_method_state(staged)
             self.state.save_to_json(str(staged / "trainer_state.json"))
             for path in [*staged.iterdir(), staged]:
                 _sync(path)
@@ -128,6 +148,12 @@ class LoraTrainer(_BaseTrainer):
 
     # Resuming
 
+    def save_method_state(self, folder: Path) -> None:
+        """Writes what a method needs to resume, beside the student, into a checkpoint."""
+
+    def load_method_state(self, folder: Path) -> None:
+        """Reads what [`save_method_state`] wrote."""
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         # Upstream knows full models and PEFT's file names only.
         folder = Path(resume_from_checkpoint)
@@ -140,6 +166,8 @@ class LoraTrainer(_BaseTrainer):
                 )
         self._check_provenance(json.loads((folder / PROVENANCE_FILE).read_text(encoding="utf-8")), folder)
         self._load_student(folder)
+        self.load_method_state(folder)
+        self.resume_record(folder)
 
     def _load_student(self, folder: Path) -> None:
         averaged = (folder / RAW_WEIGHT_NAME).is_file()
@@ -166,6 +194,16 @@ class LoraTrainer(_BaseTrainer):
 
     # The Hub
 
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        # Upstream does not ask whether the token may write, and passes the client's errors on.
+        if self.is_world_process_zero():
+            self.hub_model_id = create_repo(
+                self.args.hub_model_id or Path(self.args.output_dir).absolute().name,
+                token=token if token is not None else self.args.hub_token,
+                private=private if private is not None else self.args.hub_private_repo,
+            )
+            self.push_in_progress = None
+
     def create_model_card(
         self,
         model_name: str | None = None,
@@ -174,8 +212,33 @@ class LoraTrainer(_BaseTrainer):
     ) -> None:
         # TRL's card is for language models: it names `transformers` as the library and reads `model.config`.
         if self.is_world_process_zero():
-            card = self.make_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
+            from .card import render_card
+
+            card = render_card(self.make_record(), model_name=model_name, dataset_name=dataset_name, tags=tags)
             card.save(Path(self.args.output_dir) / "README.md")
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs,
+    ) -> "CommitInfo | Future | None":
+        # Upstream uploads whatever lies in the folder, and does not try again.
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**kwargs)
+        self._finish_current_push()
+        files = read_run(self.args.output_dir)
+        if blocking:
+            return self._push(files, commit_message, token, revision)
+        return run_as_future(self._push, files, commit_message, token, revision)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # Upstream copies only file names that it knows, none of them ours, and pickles the arguments beside them.
@@ -183,40 +246,51 @@ class LoraTrainer(_BaseTrainer):
             return
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
-        running = getattr(self, "push_in_progress", None)
+        running = self.push_in_progress
         if running is not None and not running.is_done() and not self.args.hub_always_push:
             return
-        from huggingface_hub import HfApi
-
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        folder, output_dir = Path(checkpoint_folder), Path(self.args.output_dir)
-        for file in (DIFFUSERS_WEIGHT_NAME, RAW_WEIGHT_NAME, TRAINING_ARGS_FILE, PROVENANCE_FILE):
-            if (folder / file).is_file():
-                shutil.copy(folder / file, output_dir / file)
-        upload = {
-            "repo_id": self.hub_model_id,
-            "token": self.args.hub_token,
-            "revision": self.args.hub_revision,
-            "ignore_patterns": _NOT_PUSHED,
-            "run_as_future": True,
-        }
-        message = f"Training in progress, step {self.state.global_step}"
-        jobs = [HfApi().upload_folder(folder_path=output_dir, commit_message=message, **upload)]
+        folder = Path(checkpoint_folder)
+        checkpoint = read_run(folder)
+        files = {**read_run(self.args.output_dir), **checkpoint}
+        files.pop("trainer_state.json")
         if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             last = self.args.hub_strategy == HubStrategy.CHECKPOINT
             target = "last-checkpoint" if last else folder.name
-            message = f"{message}, checkpoint"
-            jobs.append(
-                HfApi().upload_folder(folder_path=folder, path_in_repo=target, commit_message=message, **upload)
-            )
-        if running is not None and not running.is_done():
-            running.jobs.extend(jobs)
-        else:
-            self.push_in_progress = PushInProgress(jobs)
+            files |= {f"{target}/{name}": content for name, content in checkpoint.items()}
+        # One background thread of `huggingface_hub` serves all uploads, one after another.
+        job = run_as_future(self._push_in_passing, files, f"Training in progress, step {self.state.global_step}")
+        jobs = [] if running is None or running.is_done() else running.jobs
+        self.push_in_progress = PushInProgress([*jobs, job])
 
+    def _push_in_passing(self, files: dict[str, bytes], message: str) -> None:
+        try:
+            self._upload(files, message)
+        except PushError as error:  # there will be another
+            logger.warning(f"{error} Training goes on.")
 
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
+    def _push(self, files: dict[str, bytes], message: str, token: str | None, revision: str | None) -> "CommitInfo":
+        try:
+            return self._upload(files, message, token, revision)
+        except PushError as error:
+            command = ["trl-diffusion-opd", "push", self.args.output_dir, "--repo_id", self.hub_model_id]
+            if revision := revision or self.args.hub_revision:
+                command += ["--revision", revision]
+            raise PushError(
+                f"{error} Nothing is lost: all of it is in {self.args.output_dir!r}. Once that is mended, run "
+                f"`{shlex.join(command)}`."
+            ) from error
+
+    def _upload(
+        self, files: dict[str, bytes], message: str, token: str | None = None, revision: str | None = None
+    ) -> "CommitInfo":
+        return push_files(
+            files,
+            self.hub_model_id,
+            message,
+            token=token if token is not None else self.args.hub_token,
+            revision=revision if revision is not None else self.args.hub_revision,
+        )
 
 
 def _sync(path: Path) -> None:

@@ -66,12 +66,14 @@ def predict(
     Returns:
         `torch.Tensor` of shape `[len(prompt_embeds), ...]`, in float32 at least.
     """
-    sample = sample.repeat(len(prompt_embeds) // len(sample), *[1] * (sample.ndim - 1))
+    repeats = len(prompt_embeds) // len(sample)
+    sample = sample.repeat(repeats, *[1] * (sample.ndim - 1))
+    timestep = timestep.repeat(repeats) if timestep.ndim else timestep.expand(len(sample))
     # `transformer.dtype` walks over all modules, which on a small model takes as long as half a forward.
     dtype = next(transformer.parameters()).dtype
     output = transformer(
         hidden_states=sample.to(dtype),
-        timestep=timestep.expand(len(sample)),
+        timestep=timestep,
         encoder_hidden_states=prompt_embeds.to(dtype),
         pooled_projections=pooled_prompt_embeds.to(dtype),
         joint_attention_kwargs=joint_attention_kwargs,
@@ -119,7 +121,7 @@ class VelocityModel(nn.Module):
     def forward(
         self,
         sample: torch.Tensor,  # [B, C, H, W]
-        timestep: torch.Tensor,  # []
+        timestep: torch.Tensor,  # [] or [B]
         prompt_embeds: torch.Tensor,  # [B or 2B, L, D], as made by `Conditioning.batch`
         pooled_prompt_embeds: torch.Tensor,  # [B or 2B, P]
         guidance_scale: float,

@@ -28,6 +28,30 @@ from shapes.training import diffuse, to_images  # noqa: E402
 from shapes.world import TASKS, write_prompt_files  # noqa: E402
 
 
+CARD = """\
+---
+library_name: diffusers
+pipeline_tag: text-to-image
+license: apache-2.0
+tags:
+- text-to-image
+- diffusers
+---
+
+# The base of the Shapes world
+
+A `StableDiffusion3Pipeline` of 1.5 M parameters that draws coloured shapes, letters and landscapes at 32 x 32 px, trained from nothing by `examples/shapes/build_base.py` of trl_diffusion_opd. It is mediocre on purpose: it is there to be taught.
+
+```python
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+pipe = StableDiffusion3Pipeline.from_pretrained("examples/shapes/base", dtype=torch.float32)
+image = pipe("a boat at sunset", height=32, width=32, num_inference_steps=10, guidance_scale=1.0, max_sequence_length=10).images[0]
+```
+"""
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("examples/shapes/base"))
@@ -149,6 +173,7 @@ def main() -> None:
 
     print("float32:", format_scores(score(pipe, PromptEmbeddings(pipe), args.num_eval)))
     pipe.to(dtype=torch.float16).save_pretrained(args.output_dir, safe_serialization=True)
+    (args.output_dir / "README.md").write_text(CARD)
     pipe = load_pipeline(str(args.output_dir))
     embeddings = PromptEmbeddings(pipe)
     print("saved as float16:", format_scores(score(pipe, embeddings, args.num_eval)))

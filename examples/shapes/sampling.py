@@ -15,6 +15,7 @@ from .rewards import REWARDS
 from .world import TASKS, Split, prompts, sample_prompts
 
 
+SCORE_SEED = 7
 Embeddings = tuple[torch.Tensor, torch.Tensor]  # of the tokens: [B, 20, 64]; pooled: [B, 64]
 
 
@@ -113,7 +114,7 @@ def score(
     embeddings: PromptEmbeddings,
     num_images: int = 200,
     split: Split = "test",
-    seed: int = 7,
+    seed: int = SCORE_SEED,
     **options,
 ) -> dict[str, tuple[float, float]]:
     """Mean reward and its standard error on every task; prompts and noise depend on `seed` only."""

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is compared: the base, LoRAs on it and their sum, each at a guidance scale. One row of a table each."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..lora_files import LoraWeights, read_lora
+from ..sources import Origin, parse_source, resolve
+
+
+BASE, MERGE = "base", "merge"
+DEFAULT_GUIDANCE = 4.5
+_RESERVED = (BASE, MERGE, "prompts")
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """
+    A row of the table.
+
+    Args:
+        name (`str`):
+            Its name, also that of its folder.
+        guidance_scale (`float`):
+            Classifier-free guidance.
+        loras (`tuple[str, ...]`, *optional*):
+            Names of the LoRAs whose updates are added up on the base.
+    """
+
+    name: str
+    guidance_scale: float
+    loras: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Lora:
+    """
+    A LoRA read from its file.
+
+    Args:
+        weights ([`LoraWeights`]):
+            Its tensors and options.
+        origin ([`Origin`]):
+            Where it comes from.
+        sha256 (`str`):
+            Its fingerprint, see [`lora_sha256`].
+    """
+
+    weights: LoraWeights
+    origin: Origin
+    sha256: str
+
+
+def choose_contestants(
+    names: Sequence[str],
+    guidance_scale: float | Mapping[str | None, Sequence[float]],
+    *,
+    base: bool = True,
+    merge: bool = False,
+) -> list[Contestant]:
+    """
+    The rows of the table, the base first.
+
+    Args:
+        names (`Sequence[str]`):
+            Names of the LoRAs.
+        guidance_scale (`float` or `Mapping[str | None, Sequence[float]]`):
+            Of all models, or by name; under `None` those of all others (4.5 if that is missing). A model with several
+            scales gets several rows.
+        base (`bool`, *optional*, defaults to `True`):
+            Whether the base itself is one.
+        merge (`bool`, *optional*, defaults to `False`):
+            Whether the sum of all LoRAs is one.
+
+    Raises:
+        `ValueError`: nothing to compare, a name that cannot be a folder's, or a guidance scale of no model.
+    """
+    scales = dict(guidance_scale) if isinstance(guidance_scale, Mapping) else {None: [guidance_scale]}
+    for name in names:
+        if name in _RESERVED or not re.fullmatch(r"[\w+][\w .,+-]*", name):
+            raise ValueError(
+                f"A LoRA cannot be called {name!r}. Name it in letters, digits and `._+-`, and not "
+                f"{', '.join(_RESERVED)}: `--lora NAME=SOURCE`."
+            )
+    if merge and len(names) < 2:
+        raise ValueError("`--merge` adds LoRAs up and needs two or more of them. Pass them to `--lora`.")
+    models = {BASE: ()} if base else {}
+    models |= {name: (name,) for name in names} | ({MERGE: tuple(names)} if merge else {})
+    if not models:
+        raise ValueError("There is nothing to evaluate. Pass `--lora`, or leave out `--no_base`.")
+    if unknown := [name for name in scales if name is not None and name not in models]:
+        raise ValueError(f"`--guidance_scale` names {unknown[0]!r}, but the models are {', '.join(models)}.")
+    rows = []
+    for name, loras in models.items():
+        own = scales.get(name, scales.get(None, [DEFAULT_GUIDANCE]))
+        rows += [Contestant(f"{name}, guidance {g:g}" if len(own) > 1 else name, float(g), loras) for g in own]
+    return rows
+
+
+def load_loras(sources: Mapping[str, str | Path]) -> dict[str, Lora]:
+    """
+    Fetches and reads LoRAs.
+
+    Raises:
+        `SourceError`: one cannot be found or fetched.
+        `ValueError`: one cannot be read.
+    """
+    loras = {}
+    for name, source in sources.items():
+        owner = f"LoRA {name!r} ({source})"
+        found = resolve(source, owner=owner)
+        weights = read_lora(found.path, owner=owner)
+        loras[name] = Lora(weights, Origin.of_source(parse_source(source), found.commit), lora_sha256(weights))
+    return loras
+
+
+def lora_sha256(weights: LoraWeights) -> str:
+    """Fingerprint of what a LoRA does: its tensors and its scaling, whatever file they are in."""
+    config = weights.config
+    scaling = [config.r, config.lora_alpha, config.use_rslora, config.rank_pattern, config.alpha_pattern]
+    digest = hashlib.sha256(json.dumps(scaling, sort_keys=True).encode())
+    for name, tensor in sorted(weights.state_dict.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

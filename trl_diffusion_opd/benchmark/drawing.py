@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drawing the pictures of an evaluation: a first-order ODE from noise that belongs to the picture alone."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from ..adapters import base_only, use_adapter
+from ..denoising import denoise, make_schedule
+from ..loading import latent_shape, load_pipeline
+from ..lora import add_lora
+from ..prompts import PromptEncoder
+from ..sources import Origin
+from ..velocity import Conditioning, VelocityModel
+from .contestants import Contestant, Lora
+from .folder import ResultsFolder
+
+
+# The prompts of so many pictures are encoded at once: with Stable Diffusion 3.5 in bfloat16 up to 0.9 GB of embeddings.
+PICTURES_AT_ONCE = 512
+LARGEST_DEFAULT = 512
+
+
+@dataclass(frozen=True)
+class Picture:
+    """
+    One picture.
+
+    Args:
+        contestant ([`Contestant`]):
+            Who draws it.
+        benchmark (`str`):
+            Whose prompt it has.
+        position (`int`):
+            Its place among the pictures of the benchmark.
+        prompt (`str`):
+            What is to be seen.
+        seed (`int`):
+            Seed of its noise.
+    """
+
+    contestant: Contestant
+    benchmark: str
+    position: int
+    prompt: str
+    seed: int
+
+
+class Painter:
+    """
+    The base with all LoRAs on it, ready to draw.
+
+    Args:
+        model (`str` or `Path`):
+            The base: `owner/repo[@revision]` on the Hub or a local folder.
+        origin ([`Origin`]):
+            What [`check_pipeline`] returned of it.
+        loras (`Mapping[str, Lora]`):
+            LoRAs by name.
+        dtype (`torch.dtype`):
+            Precision of the base. The LoRAs and the VAE are in float32.
+        device (`torch.device`):
+            Where to draw.
+        num_inference_steps (`int`):
+            Steps of the ODE.
+        resolution (`int`, *optional*):
+            Height and width, by default 512 or the base's own size if that is smaller.
+        max_sequence_length (`int`):
+            Length of the T5 prompt in tokens.
+        show_progress (`bool`, *optional*, defaults to `True`):
+            Whether to show progress bars.
+
+    Raises:
+        `ValueError`: a LoRA that does not fit the base, or a size that the base cannot draw.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        origin: Origin,
+        loras: Mapping[str, Lora],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        num_inference_steps: int,
+        resolution: int | None,
+        max_sequence_length: int,
+        show_progress: bool = True,
+    ):
+        self.dtype, self.device = dtype, device
+        self.pipeline = pipe = load_pipeline(model, dtype, origin=origin)
+        self.resolution = resolution or min(LARGEST_DEFAULT, pipe.default_sample_size * pipe.vae_scale_factor)
+        self.latent_shape = latent_shape(pipe, self.resolution, self.resolution)
+        self.adapters = {name: f"lora_{index}" for index, name in enumerate(loras)}
+        for name, lora in loras.items():
+            add_lora(pipe.transformer, lora.weights, self.adapters[name])
+        self.velocity = VelocityModel(pipe.transformer).to(device)
+        pipe.vae.to(device)
+        self.schedule = make_schedule(
+            pipe.scheduler,
+            num_inference_steps,
+            image_seq_len=math.prod(self.latent_shape[1:]) // pipe.patch_size**2,
+        )
+        self.prompts = PromptEncoder(
+            pipe,
+            device,
+            max_sequence_length=max_sequence_length,
+            batch_size=16,
+            offload=True,
+            show_progress=show_progress,
+        )
+
+    @torch.no_grad()
+    def draw(self, contestant: Contestant, conditioning: Conditioning, seeds: Sequence[int]) -> torch.Tensor:
+        """Images `[B, 3, H, W]` in `[0, 1]` on the CPU."""
+        transformer, scale = self.velocity.transformer, contestant.guidance_scale
+        text, timesteps = conditioning.batch(scale), self.schedule.timesteps.to(self.device)
+        # Drawn on the CPU, so that it is the same on every device.
+        noise = [torch.randn(self.latent_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        names = [self.adapters[name] for name in contestant.loras]
+
+        def velocity(sample: torch.Tensor, index: int) -> torch.Tensor:
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                return self.velocity(sample, timesteps[index], *text, scale)
+
+        with use_adapter(transformer, *names) if names else base_only(transformer):
+            for step in denoise(velocity, torch.stack(noise).to(self.device), self.schedule):
+                latents = step.next_sample
+        images = self.pipeline.decode_latents(latents)
+        if not images.isfinite().all():
+            raise ValueError(
+                f"{contestant.name!r} draws pixels that are not numbers in {str(self.dtype).removeprefix('torch.')}. "
+                "Try another `--dtype`; if it is no better in float32, its weights are broken."
+            )
+        return (images / 2 + 0.5).clamp(0, 1).float().cpu()
+
+
+def draw_pictures(
+    painter: Painter,
+    folder: ResultsFolder,
+    wanted: Sequence[Picture],
+    *,
+    batch_size: int,
+    show_progress: bool = True,
+) -> None:
+    """
+    Draws pictures and writes each batch when it is done.
+
+    Args:
+        painter ([`Painter`]):
+            The models.
+        folder ([`ResultsFolder`]):
+            Where to.
+        wanted (`Sequence[Picture]`):
+            What to draw, pictures of a prompt one after the other.
+        batch_size (`int`):
+            Pictures drawn at once.
+        show_progress (`bool`, *optional*, defaults to `True`):
+            Whether to show a progress bar.
+    """
+    with tqdm(total=len(wanted), desc="Drawing", disable=not show_progress) as progress:
+        for start in range(0, len(wanted), PICTURES_AT_ONCE):
+            chunk = wanted[start : start + PICTURES_AT_ONCE]
+            painter.prompts.prepare(start, lambda chunk=chunk: [picture.prompt for picture in chunk])
+            for contestant in dict.fromkeys(picture.contestant for picture in chunk):
+                own = [picture for picture in chunk if picture.contestant == contestant]
+                for first in range(0, len(own), batch_size):
+                    batch = own[first : first + batch_size]
+                    conditioning = painter.prompts.conditioning([picture.prompt for picture in batch])
+                    images = painter.draw(contestant, conditioning, [picture.seed for picture in batch])
+                    for image, picture in zip(images, batch, strict=True):
+                        folder.save_picture(image, contestant.name, picture.benchmark, picture.position)
+                    progress.update(len(batch))

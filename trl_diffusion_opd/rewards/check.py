@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks the rewards on their real models, which are downloaded: published scores, and drawn pictures."""
+
+import io
+import math
+import sys
+import urllib.request
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from . import REWARDS, load_reward, reward_class
+
+
+if TYPE_CHECKING:
+    from .base import Reward
+
+# The four pictures of ImageReward's README, all for this prompt. Other projects publish their scores too.
+PICTURES = [f"https://raw.githubusercontent.com/THUDM/ImageReward/main/assets/images/{i}.webp" for i in range(1, 5)]
+PROMPT = "a painting of an ocean with clouds and birds, day time, low depth field effect"
+_DIFFSYNTH = "README of DiffSynth-Studio's QualityMetric, pictures of THUDM/ImageReward"
+
+
+@dataclass(frozen=True)
+class Published:
+    """
+    Scores that somebody published for [`PICTURES`], in the scale of our reward.
+
+    Args:
+        scores (`tuple[float, ...]`):
+            One per picture.
+        tolerance (`float`):
+            Largest difference that passes.
+        source (`str`):
+            Who published them.
+    """
+
+    scores: tuple[float, ...]
+    tolerance: float
+    source: str
+
+
+# PickScore was published as a cosine, of which ours is 100 / 26 times. No ClipScore of ViT-L/14 was found.
+PUBLISHED = {
+    "pickscore": Published(
+        tuple(cosine * 100 / 26 for cosine in (0.20737, 0.20444, 0.20661, 0.19426)), 0.005, _DIFFSYNTH
+    ),
+    "hpsv2": Published((0.23211, 0.20234, 0.19783, 0.19230), 0.005, _DIFFSYNTH),
+    "aesthetic": Published((5.90086, 5.77657, 5.79986, 5.05205), 0.05, _DIFFSYNTH),
+    "imagereward": Published(
+        (0.58116, 0.27453, -1.41318, -2.02957), 0.02, "README of THUDM/ImageReward, its pictures"
+    ),
+}
+# Two cats and two remote controls on a couch: the picture that the cards of detectors of transformers use.
+CATS = "http://images.cocodataset.org/val2017/000000039769.jpg"
+
+
+@dataclass(frozen=True)
+class Check:
+    """
+    One line of the report.
+
+    Args:
+        name (`str`):
+            The reward.
+        status (`str`):
+            `"ok"`, `"differs"`, or why there is no score.
+        score (`str`):
+            What the reward gave.
+        expected (`str`):
+            What it should give.
+        source (`str`):
+            Where that is from.
+    """
+
+    name: str
+    status: str
+    score: str = ""
+    expected: str = ""
+    source: str = ""
+
+
+def draw(text: str = "", background: str = "white", shape: str | None = None, color: str = "red") -> Image.Image:
+    """A 512 x 512 picture with a word or a shape (`"circle"`, `"square"`) in its middle."""
+    picture = Image.new("RGB", (512, 512), background)
+    pen = ImageDraw.Draw(picture)
+    if shape == "circle":
+        pen.ellipse((128, 128, 384, 384), fill=color)
+    elif shape == "square":
+        pen.rectangle((128, 128, 384, 384), fill=color)
+    if text:
+        pen.text((256, 256), text, fill="black", font=ImageFont.load_default(size=56), anchor="mm")
+    return picture
+
+
+def as_images(pictures: Iterable[Image.Image]) -> torch.Tensor:
+    """Pictures of one size as a float tensor `[B, 3, H, W]` in `[0, 1]`."""
+    arrays = [np.asarray(picture.convert("RGB")) for picture in pictures]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
+
+
+def check_text(reward: "Reward") -> Check:
+    """A word that is drawn is read, and no word is read in a picture without one."""
+    images = as_images([draw("Hello World"), draw("Hello World"), draw()])
+    prompts = ['a sign that says "Hello World"', 'a sign that says "Grand Opening"', 'a sign that says "Hello World"']
+    right, wrong, blank = reward(images, prompts)
+    good = right == 1 and wrong < 0.5 and blank == 0
+    return _check(reward, good, (right, wrong, blank), "1, below 0.5, 0", "drawn words: right, wrong, none")
+
+
+def check_match(reward: "Reward") -> Check:
+    """Each of two drawn pictures scores higher with its own text than with that of the other."""
+    pictures = [draw(shape="circle", color="red"), draw(shape="square", color="blue", background="yellow")]
+    texts = ["a red circle on a white background", "a blue square on a yellow background"]
+    scores = reward(as_images([*pictures, *pictures]), [*texts, *reversed(texts)])
+    good = scores[0] > scores[2] and scores[1] > scores[3]
+    return _check(reward, good, scores, "1st > 3rd, 2nd > 4th", "drawn shapes: right texts, then swapped")
+
+
+def check_range(reward: "Reward") -> Check:
+    """A drawn picture gets a score of the usual size."""
+    scores = reward(as_images([draw(shape="circle")]), ["a red circle"])
+    return _check(reward, 1 < scores[0] < 10, scores, "1 to 10", "a drawn circle")
+
+
+def check_objects(reward: "Reward") -> Check:
+    """Two cats and no dog are found in a photo of two cats, and colors are named."""
+    with urllib.request.urlopen(CATS, timeout=30) as response:
+        photo = as_images([Image.open(io.BytesIO(response.read()))])
+    demands = [
+        {"tag": "two_object", "include": [{"class": "cat", "count": 2}, {"class": "tv remote", "count": 2}]},
+        {"tag": "single_object", "include": [{"class": "dog", "count": 1}]},
+    ]
+    cats, dog = reward(photo.expand(2, -1, -1, -1), ["two cats and two remotes", "a dog"], metadata=demands)
+    colors = ["red", "green", "blue", "yellow"]
+    with torch.no_grad():
+        named = reward.models["colors"]([draw(background=color) for color in colors], ["kite"] * len(colors))
+    good = cats >= 0.5 and dog == 0 and named == colors
+    source = f"a photo of two cats, then of no dog; colors of plain pictures: {', '.join(named)}"
+    return _check(reward, good, (cats, dog), f"0.5 or more, 0; {', '.join(colors)}", source)
+
+
+# What can be asked of a reward without published scores.
+RELATIONS: dict[str, Callable[["Reward"], Check]] = {
+    "geneval": check_objects,
+    "ocr": check_text,
+    "pickscore": check_match,
+    "clipscore": check_match,
+    "hpsv2": check_match,
+    "aesthetic": check_range,
+    "imagereward": check_match,
+    "unifiedreward": check_match,
+}
+
+
+def check_published(reward: "Reward", published: Published, pictures: list[Image.Image]) -> Check:
+    """The published scores of the pictures, within the tolerance."""
+    scores = [reward(as_images([picture]), [PROMPT])[0] for picture in pictures]
+    good = all(abs(a - b) <= published.tolerance for a, b in zip(scores, published.scores, strict=True))
+    expected = f"{_rounded(published.scores)} +- {published.tolerance}"
+    return _check(reward, good, scores, expected, published.source)
+
+
+def fetch_pictures() -> list[Image.Image]:
+    """Downloads [`PICTURES`]."""
+    pictures = []
+    for url in PICTURES:
+        with urllib.request.urlopen(url, timeout=30) as response:
+            pictures.append(Image.open(io.BytesIO(response.read())).convert("RGB"))
+    return pictures
+
+
+def check_rewards(rewards: "Iterable[str | Reward]" = (), device: torch.device | str | None = None) -> list[Check]:
+    """
+    Loads one reward after the other, scores what is known, and frees it. One that fails does not end the others.
+
+    Args:
+        rewards (`Iterable[str | Reward]`, *optional*):
+            Names, by default all of [`REWARDS`], or rewards that are built already, such as with a local model.
+        device (`torch.device` or `str`, *optional*):
+            Where those given by name run; by default the current accelerator, or the CPU.
+
+    Returns:
+        `list[Check]`: one or more lines per reward.
+    """
+    checks = []
+    pictures = []
+    for reward in rewards or REWARDS:
+        name = getattr(reward, "name", reward)
+        try:
+            reward = load_reward(name, device=device) if isinstance(reward, str) else reward
+            reward.load()
+        except Exception as error:
+            checks.append(Check(name, f"not loaded: {type(error).__name__}: {error}"))
+            continue
+        steps = [RELATIONS[name]] if name in RELATIONS else []
+        if name in PUBLISHED:
+            try:
+                pictures = pictures or fetch_pictures()
+                steps.append(partial(check_published, published=PUBLISHED[name], pictures=pictures))
+            except OSError as error:
+                checks.append(Check(name, f"no pictures: {error}", source=PUBLISHED[name].source))
+        for step in steps:
+            try:
+                checks.append(step(reward))
+            except Exception as error:
+                checks.append(Check(name, f"failed: {type(error).__name__}: {error}"))
+        reward.free()
+    return checks
+
+
+def as_table(checks: list[Check]) -> str:
+    """The checks as a Markdown table."""
+    lines = ["| reward | status | score | expected | source |", "|---|---|---|---|---|"]
+    for check in checks:
+        cells = (check.name, check.status, check.score, check.expected, check.source)
+        lines.append("| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def main(names: Iterable[str] = (), check: bool = False, device: str | None = None) -> None:
+    """
+    `trl-diffusion-opd rewards`: lists the rewards and what they need, or checks them. A check that does not pass ends
+    the process with exit code 1.
+    """
+    if check:
+        checks = check_rewards(names, device)
+        sys.stdout.write(f"{as_table(checks)}\n")
+        if any(entry.status != "ok" for entry in checks):
+            raise SystemExit(1)
+        return
+    for name in names or REWARDS:
+        kind = reward_class(name)
+        missing = [package for package in kind.requires if find_spec(package) is None]
+        line = sys.modules[kind.__module__].__doc__.splitlines()[0].partition(": ")[2]
+        sys.stdout.write(f"{name}: {line}{f' Not installed: {missing}.' if missing else ''}\n")
+
+
+def _check(reward: "Reward", good: bool, scores: Iterable[float], expected: str, source: str) -> Check:
+    scores = list(scores)
+    status = "failed: no score" if any(map(math.isnan, scores)) else "ok" if good else "differs"
+    return Check(reward.name, status, _rounded(scores), expected, source)
+
+
+def _rounded(scores: Iterable[float]) -> str:
+    return ", ".join(f"{score:.4g}" for score in scores)

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""UnifiedReward: a vision-language model judges picture and caption in words, and its number is read from these."""
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from .base import Reward
+from .chat_server import ChatError, ChatServer
+from .models import load_pretrained
+from .preprocessing import to_pil
+
+
+# The longest answers list the elements of a caption one by one.
+MAX_NEW_TOKENS = 512
+IMAGE_SIZE = 512
+MAX_SCORE = 5.0
+
+INSTRUCTION = """A picture was made from a text caption. Judge the picture in two respects:
+1. Caption: does it show what the caption says? Look at the objects, their number, attributes and relations.
+2. Quality: is it well made? Look at sharpness, detail, colors and beauty.
+First go through the elements of the caption, one per line, as 'element (type): 1' if the picture shows it and \
+'element (type): 0' if not. Then give one number from 1 (very bad) to 5 (excellent) for both respects together, after \
+the words 'Final Score:'.
+Text Caption: [{prompt}]"""
+
+# Models put stars or brackets around either part.
+FINAL_SCORE = re.compile(r"Final Score[*\s]*:[*\s\[]*(\d+(?:\.\d+)?)", re.IGNORECASE)
+
+
+def parse_score(answer: str) -> float | None:
+    """The number after "Final Score:" (the last one, if there are several); `None` if it is missing or not 1 to 5."""
+    numbers = FINAL_SCORE.findall(answer)
+    score = float(numbers[-1]) if numbers else None
+    return score if score is not None and 1 <= score <= MAX_SCORE else None
+
+
+class UnifiedRewardReward(Reward):
+    """
+    UnifiedReward (https://huggingface.co/papers/2503.05236): an answer of 1 to 5, divided by 5.
+
+    The model runs here or behind an OpenAI-compatible server. The published numbers are of `UnifiedReward-7b-v1.5`,
+    which transformers cannot load: other models are other judges, and their scores do not compare with those.
+
+    Args:
+        model_name_or_path (`str` or `Path`, *optional*, defaults to `"CodeGoat24/UnifiedReward-qwen-7b"`):
+            A Qwen2.5-VL; with `base_url`, the name of the model on the server.
+        base_url (`str`, *optional*):
+            Address of an OpenAI-compatible server, as `http://localhost:8000/v1`. Pictures are sent there, `batch_size`
+            at once. By default the model runs here.
+        api_key_env (`str`, *optional*):
+            Name of the environment variable that holds the server's key.
+        timeout (`float`, *optional*, defaults to `120.0`):
+            Seconds to wait for the server's answer.
+        max_retries (`int`, *optional*, defaults to `4`):
+            How often a request is repeated where the server is busy, broken or silent.
+        instruction (`str`, *optional*):
+            What the model is told, with `{prompt}` in the place of the caption. The answer must hold "Final Score:"
+            and a number.
+        max_new_tokens (`int`, *optional*, defaults to 512):
+            Longest answer.
+        kwargs:
+            `device`, `dtype` (by default `torch.bfloat16`) and `batch_size` of [`~rewards.base.Reward`].
+    """
+
+    name = "unifiedreward"
+    table_factor = MAX_SCORE
+    batch_size = 8
+
+    def __init__(
+        self,
+        *,
+        model_name_or_path: str | Path = "CodeGoat24/UnifiedReward-qwen-7b",
+        base_url: str | None = None,
+        api_key_env: str | None = None,
+        timeout: float = 120.0,
+        max_retries: int = 4,
+        instruction: str = INSTRUCTION,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        dtype: torch.dtype | str | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(dtype=torch.bfloat16 if dtype is None else dtype, **kwargs)
+        if "{prompt}" not in instruction:
+            raise ValueError("`instruction` has no `{prompt}`, the place of the caption.")
+        self.model_name_or_path = model_name_or_path
+        self.server = base_url and ChatServer(
+            base_url, str(model_name_or_path), api_key_env=api_key_env, timeout=timeout, max_retries=max_retries
+        )
+        self.instruction = instruction
+        self.max_new_tokens = max_new_tokens
+
+    def load_models(self) -> dict[str, Any]:
+        if self.server:
+            self.server.check()
+            return {"server": self.server}
+        from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+        def load(part: Any, **options: Any) -> Any:
+            return load_pretrained(part, self.model_name_or_path, self.name, **options)
+
+        # Not `AutoProcessor`, which cannot be built without torchvision.
+        return {
+            "model": load(Qwen2_5_VLForConditionalGeneration, dtype=self.dtype),
+            "tokenizer": load(AutoTokenizer, padding_side="left"),
+            "pixels": load(Qwen2VLImageProcessorPil),
+        }
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None) -> "Reward":
+        with self._lock:
+            if dtype is not None:
+                self.free()  # and loaded anew: see `_place`
+            return super().to(device, dtype)
+
+    def _place(self) -> None:
+        # Not to `dtype`: this would round the frequencies of the rotary embedding, which loading keeps in float32.
+        if "model" in self.models:
+            self.models["model"].to(self.device).eval().requires_grad_(False)
+
+    def score(self, images: torch.Tensor, prompts: list[str]) -> list[float]:
+        pictures = [picture.resize((IMAGE_SIZE, IMAGE_SIZE)) for picture in to_pil(images)]
+        texts = [self.instruction.replace("{prompt}", prompt) for prompt in prompts]
+        if self.server:
+            with ThreadPoolExecutor(len(texts), thread_name_prefix=self.name) as pool:
+                return list(pool.map(self._ask, pictures, texts))
+        return [self._read(answer) for answer in self._generate(pictures, texts)]
+
+    def _ask(self, picture: Image.Image, text: str) -> float:
+        try:
+            return self._read(self.server.ask(picture, text, max_tokens=self.max_new_tokens))
+        except ChatError as error:
+            return self.failed("the server gave no answer", error)
+
+    def _read(self, answer: str) -> float:
+        score = parse_score(answer)
+        if score is None:
+            return self.failed("there is no score of 1 to 5 in the answer", repr(answer[-200:]))
+        return score / MAX_SCORE
+
+    def _generate(self, pictures: list[Image.Image], texts: list[str]) -> list[str]:
+        model, tokenizer = self.models["model"], self.models["tokenizer"]
+        pixels = self.models["pixels"](pictures, return_tensors="pt")
+        token_id = model.config.image_token_id
+        token = tokenizer.convert_ids_to_tokens(token_id)
+        # One token for each square of patches that the model merges.
+        numbers = pixels["image_grid_thw"].prod(-1) // model.config.vision_config.spatial_merge_size**2
+        chats = []
+        for text, number in zip(texts, numbers.tolist(), strict=True):
+            content = [{"type": "image"}, {"type": "text", "text": text}]
+            chat = tokenizer.apply_chat_template(
+                [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+            )
+            chats.append(chat.replace(token, token * number, 1))
+        tokens = tokenizer(chats, padding=True, return_tensors="pt")
+        length = tokens["input_ids"].shape[1]
+        answers = model.generate(
+            **tokens.to(model.device),
+            **pixels.to(model.device),
+            mm_token_type_ids=(tokens["input_ids"] == token_id).int(),  # without it, no positions in two dimensions
+            do_sample=False,
+            max_new_tokens=self.max_new_tokens,
+        )
+        return tokenizer.batch_decode(answers[:, length:], skip_special_tokens=True)
