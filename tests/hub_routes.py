@@ -140,11 +140,12 @@ class Handler(BaseHandler):
 
     @route("GET", REPO + "/refs")
     def refs(self, repo):
-        listed = {"heads": [], "tags": []}
+        listed = {"heads": [], "tags": [], "convert": [], "pr": []}
         for ref, commit in repo.refs.items():
             kind, name = ref.split("/", 1)
             listed[kind].append({"name": name, "ref": f"refs/{ref}", "targetCommit": commit})
-        return {"branches": listed["heads"], "tags": listed["tags"], "converts": [], "pullRequests": []}
+        names = {"branches": "heads", "tags": "tags", "converts": "convert", "pullRequests": "pr"}
+        return {name: listed[kind] for name, kind in names.items()}
 
     @route("GET", REPO + "/commits/(?P<revision>[^/]+)")
     def commits(self, repo, revision):
@@ -287,7 +288,7 @@ class Handler(BaseHandler):
     @route("POST", REPO + "/commit/(?P<branch>[^/]+)")
     def commit(self, repo, branch):
         self.check_write(repo.namespace)
-        head = repo.refs.get(f"heads/{branch}")
+        head = repo.refs.get(repo.ref_of(branch))
         if head is None:
             raise HubError(404, f"Invalid rev id: {branch}", "RevisionNotFound")
         header, *operations = [json.loads(line) for line in self.body.splitlines()]

@@ -49,9 +49,14 @@ class Repo:
     def url_path(self) -> str:
         return self.repo_id if self.repo_type == "model" else f"{self.repo_type}s/{self.repo_id}"
 
+    @staticmethod
+    def ref_of(branch: str) -> str:
+        """Returns the ref that a commit goes to: that of a branch, or for `refs/pr/1` that of a pull request."""
+        return branch.removeprefix("refs/") if branch.startswith("refs/") else f"heads/{branch}"
+
     def resolve(self, revision: str) -> str:
         """Returns the commit of a branch, a tag, a full or short commit hash. Raises `KeyError` for others."""
-        for ref in (f"heads/{revision}", f"tags/{revision}", revision.removeprefix("refs/")):
+        for ref in (self.ref_of(revision), f"tags/{revision}"):
             if ref in self.refs:
                 return self.refs[ref]
         if re.fullmatch("[0-9a-f]{7,40}", revision):
@@ -113,7 +118,7 @@ class Store:
     ) -> str:
         """Writes a commit that holds exactly `files` (path -> entry), moves the branch to it and returns its hash."""
         manifest = {
-            "parent": repo.refs.get(f"heads/{branch}"),
+            "parent": repo.refs.get(repo.ref_of(branch)),
             "message": message,
             "description": description,
             "author": author,
@@ -122,7 +127,7 @@ class Store:
         }
         commit = hashlib.sha1(json.dumps([repo.url_path, manifest]).encode()).hexdigest()
         repo.commits[commit] = manifest
-        repo.refs[f"heads/{branch}"] = commit
+        repo.refs[repo.ref_of(branch)] = commit
         self.save(repo)
         return commit
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from functools import partial
 from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -587,6 +588,10 @@ def test_scores_go_on_the_card(world, whole, process, tmp_path):
     ] == [("words", round(score.value, 4))]
     assert len(results) == 3 and record.benchmark_settings["guidance_scale"] == GUIDANCE
 
+    alone = render_card(replace(record, results={}, evaluation={}, grid=None)).content
+    assert "- **How good:** scores on benchmarks; see" in alone and "Nothing was evaluated" not in alone
+    assert "The scores are those of automatic reward functions" in alone and "| words | brightness |" in alone
+
     rows, _ = benchmark_scores(whole, read_lora(world.loras["other"]))
     assert rows[0].value == values["other"]
     with pytest.raises(
@@ -641,6 +646,7 @@ def test_rows_of_the_table():
         ("--model {base} --benchmarks words", "There is no benchmark 'words'. The benchmarks are geneval, ocr, drawb"),
         ("--model {base} --benchmarks ocr --prompts drawbench=x", "`--prompts` names 'drawbench', which is not among"),
         ("--model {base} --benchmarks ocr --prompts x.txt", "`--prompts x.txt` does not say of what"),
+        ("--model {base} --prompts ocr=a ocr=b", "`--prompts` has two sources for 'ocr'. Keep one of them."),
         (
             "--model {base} --prompts ocr=generated",
             "Only the prompts of geneval can be 'generated', not those of 'ocr'",

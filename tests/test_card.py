@@ -20,16 +20,19 @@ from diffusers import StableDiffusion3Pipeline
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
+from trl_diffusion_opd.callbacks import save_gallery
 from trl_diffusion_opd.card import render_card
 from trl_diffusion_opd.card_parts import duration, enumeration, table
 from trl_diffusion_opd.comparison import compare
 from trl_diffusion_opd.config import DiffusionOPDConfig
+from trl_diffusion_opd.data import TaskBatch
 from trl_diffusion_opd.figures import enlarge
-from trl_diffusion_opd.licenses import as_license, read_license
+from trl_diffusion_opd.licenses import LICENSE_IDS, as_license, read_license
 from trl_diffusion_opd.record import GalleryImage, License, PromptSet, RunRecord, TeacherRecord
 from trl_diffusion_opd.recording import changed_settings, lora_settings
 from trl_diffusion_opd.sources import Origin
 
+from .hub_cards import LICENSES
 from .hub_server import run
 from .runs import PROMPTS, make_trainer, small_lora
 from .sd35_dry_run import dry_run
@@ -252,6 +255,17 @@ def test_the_body_tells_origins_with_their_commits_time_and_hardware():
         ({"base": Origin("run/base")}, ['base = "./run/base"', "(not on the Hub)"], ["base_model"]),
         ({"base": Origin("a/b@v2", "a/b")}, ['base = "a/b"\n', 'from_pretrained(base, revision="v2", dtype='], []),
         ({"dtype": "float32"}, ["dtype=torch.float32"], ["bfloat16"]),
+        ({"revision": "try"}, ['pipe.load_lora_weights(lora, revision="try", weight_name='], []),
+        (
+            {"hardware": {"device": "H200", "num_processes": 1, "peak_memory_gb": 127.46}},
+            ["on H200, with at most 127 GB of memory."],
+            [],
+        ),
+        (
+            {"gallery": [], "prompts": [PromptSet("ocr", Origin("a.txt"), 1, examples=["字" * 150])]},
+            [f"**Prompts like:** `{'字' * 99}…` (ocr)"],
+            [],
+        ),
         (
             {"teachers": [], "results": {}, "paper": {}, "versions": {"trl-diffusion-opd": "1"}},
             [],
@@ -330,6 +344,10 @@ def test_licences_hold_in_another_repository(data, origin, expected):
     assert as_license(data, origin) == expected
 
 
+def test_the_list_of_licences_is_the_hubs():
+    assert LICENSE_IDS == LICENSES - {"other", "unknown"}
+
+
 def test_the_licence_of_a_local_base_is_in_its_card(tmp_path, caplog):
     origin = Origin.local(tmp_path)
     assert read_license(origin, tmp_path) == License()
@@ -406,7 +424,6 @@ def finished(tmp_path_factory):
     (folder / "base" / "README.md").write_text("---\nlicense: mit\n---\n")
     trainer = trained(folder)
     trainer.save_model()
-    trainer.create_model_card()
     return folder, trainer
 
 
@@ -471,6 +488,17 @@ def test_the_gallery_has_the_students_pictures(finished):
     assert all(picture.shape == (256, 256, 3) for picture in pictures)
     assert all(np.array_equal(p, np.kron(p[::16, ::16], np.ones((16, 16, 1), np.uint8))) for p in pictures)
     assert len({picture.tobytes() for picture in pictures}) == 4
+
+
+def test_no_picture_of_the_gallery_replaces_another(tmp_path):
+    """Tasks are file names as far as they can be."""
+    (tmp_path / "images").mkdir()
+    tasks = ["a b", "a_b", "数", "字"]
+    batches = [TaskBatch(task, [], [f"{task} {i}" for i in range(3)], [0, 1, 2], [0, 1, 2]) for task in tasks]
+    gallery = save_gallery(batches, [torch.full((3, 256, 256), i / 12) for i in range(12)], tmp_path, 5)
+    assert [image.prompt for image in gallery] == [f"{task} {i}" for task in tasks for i in (0, 1)]
+    shown = [PIL.Image.open(tmp_path / image.file).getpixel((0, 0))[0] for image in gallery]
+    assert shown == [round(255 * i / 12) for i in range(12) if i % 3 < 2]
 
 
 def test_the_loading_snippet_draws_the_first_picture_of_the_gallery(finished, tmp_path, monkeypatch):

@@ -191,6 +191,21 @@ def test_rotation_keeps_the_new_checkpoint_beside_one_of_an_older_run(tmp_path):
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-6"]
 
 
+def test_a_new_run_leaves_nothing_of_an_older_one_that_would_be_pushed_with_it(tmp_path):
+    older = make_trainer(tmp_path, ema_decay=0.5)
+    older.train()
+    older.save_model()
+    out = tmp_path / "out"
+    (out / "results.json").write_text("{}")
+    assert (out / "pytorch_lora_weights_raw.safetensors").is_file()
+    newer = make_trainer(tmp_path)
+    newer.train()
+    newer.save_model()
+    names = {path.name for path in out.iterdir()}
+    assert not names & {"pytorch_lora_weights_raw.safetensors", "results.json"}
+    assert names >= {"pytorch_lora_weights.safetensors", "run.json", "README.md"}
+
+
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="There is no checkpoint in .*it has no 'pytorch_lora_weights.safetensors'"):

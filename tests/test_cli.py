@@ -118,7 +118,9 @@ def test_help_lists_every_argument_of_the_functions(capsys, command, functions, 
         ("push lora --token hf_secret", "`--token` is no option. The token is the one of `hf auth login`"),
         ("push lora --token=hf_secret", "`--token` is no option. The token is the one of `hf auth login`"),
         ("card lora", "There is no 'run.json' in 'lora'"),
-        ("card homeless", "'homeless/results.json' is no JSON: Expecting value"),
+        ("card homeless", "'homeless/results.json' holds no results: Expecting value"),
+        ("card listed", "'listed/results.json' holds no results: list indices must be integers"),
+        ("card mixed", "'mixed/results.json' is not of this run, whose rewards are not of ['ocr']. Remove it"),
         ("convert lora", "the following arguments are required: DESTINATION"),
         ("convert lora out --to onnx", "argument --to: invalid choice: 'onnx' (choose from 'diffusers', 'peft')"),
         ("convert nowhere out", "'nowhere', which is neither (there is no such path on disk)"),
@@ -152,6 +154,10 @@ def test_bad_input_ends_with_one_line_and_exit_code_2(capsys, tmp_path, monkeypa
     save_diffusers_lora("homeless", *random_lora())
     RunRecord("student", "A student.", Origin("base")).save("homeless")
     Path("homeless/results.json").write_text("nothing")
+    for name, results in (("listed", [1]), ("mixed", {"student": {"ocr": 0.5}})):
+        Path(name).mkdir()
+        RunRecord("student", "A student.", Origin("base")).save(name)
+        Path(name, "results.json").write_text(json.dumps(results))
     Path("broken.yaml").write_text("a: [b\n")
     Path("unknown.yaml").write_text("model_name_or_path: x\nteachers: {a: x}\ndatasets: {a: x}\nnum_processes: 2\n")
     code, out, error = ended(capsys, *argv.replace("RECIPE", SHAPES).split())
@@ -277,6 +283,7 @@ for argv in json.loads(sys.argv[1]):
 def test_commands_on_the_hub(hub, finished, tmp_path):
     hub.add_user("me", token="hf_write")
     hub.put("me/teacher", {"v1/" + LORA: finished / LORA})
+    hub.repo("me/theirs").refs["pr/1"] = hub.put("me/theirs", {"README.md": b"# theirs"})
     hub.put("them/base", {"model_index.json": b'{"_class_name": "StableDiffusion3Pipeline"}'})
     elsewhere = ["--repo_id", "me/other", "--private", "--revision", "try", "--commit_message", "Second try"]
     argvs = [
@@ -285,7 +292,8 @@ def test_commands_on_the_hub(hub, finished, tmp_path):
         ["push", str(finished), "--repo_id", "you/other"],
         ["convert", "me/teacher/v1@main", str(tmp_path / "peft")],
         ["convert", "me/teacher", str(tmp_path / "nothing")],
-        ["space", "me/student", "--repo_id", "me/demo", "--private", "--title", "Draw!"],
+        ["space", "me/student", "--repo_id", "me/demo", "--private", "--title", "Draw!", "--teachers"],
+        ["push", str(finished), "--repo_id", "me/theirs", "--revision", "refs/pr/1"],
     ]
     done = run(HUB, hub.environment(tmp_path / "home", token="hf_write"), json.dumps(argvs), patient=False)
     lines = done.stdout.splitlines()
@@ -296,7 +304,10 @@ def test_commands_on_the_hub(hub, finished, tmp_path):
         str(tmp_path / "peft" / "adapter_model.safetensors"),
         "exit 2",
         f"{hub.endpoint}/spaces/me/demo",
+        f"{hub.endpoint}/me/theirs/commit/{hub.commits('me/theirs', revision='refs/pr/1')[0][0]}",
     ], done.stderr
+    assert LORA in hub.files("me/theirs", revision="refs/pr/1") and LORA not in hub.files("me/theirs")
+    assert not any(ref.startswith("heads/refs") for ref in hub.repo("me/theirs").refs)
     assert hub.files("me/student")[LORA] == (finished / LORA).read_bytes()
     assert hub.repo("me/other").private and not hub.repo("me/student").private
     assert hub.commits("me/other", revision="try")[0][1] == "Second try"

@@ -118,7 +118,7 @@ def stream_of(rows):
         ({"a": stream_of([])}, "`train_dataset\\['a'\\]` has no rows"),
         ({"a": stream_of([{"text": "x"}])}, "has no column 'prompt', only \\['text'\\]. Set `column`"),
         ({"a": stream_of([{"prompt": 3}])}, "must hold text, but row 0 holds 3"),
-        ({"a": {"split": "train"}}, "a mapping must have the `path` of the prompts, but is {'split': 'train'}"),
+        ({"a": {"split": "train"}}, "a mapping must have the `path` of the prompts, but has \\['split'\\]"),
         ({"a": "nowhere"}, "A prompt set location must be an existing local path or `owner/repo`.*but is 'nowhere'"),
         ({"a": {"path": "me/set@v1", "revision": "v2"}}, "'me/set@v1'.*the revision is there twice"),
         (["x"], "must be a dictionary from task to prompts"),

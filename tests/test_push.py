@@ -11,9 +11,11 @@ from safetensors.torch import load as load_safetensors
 
 from trl_diffusion_opd.hub import read_run, without_paths
 from trl_diffusion_opd.lora_files import read_lora
+from trl_diffusion_opd.record import GalleryImage
 
 from .hub_server import run
 from .push_runs import reported
+from .test_card import example_record
 
 
 TOKEN = "hf_writes_and_is_secret"
@@ -191,9 +193,14 @@ def test_pushes_that_fail(hub, env, tmp_path):
 
 
 def test_a_connection_dropped_in_the_middle_of_an_upload(hub, env, tmp_path):
-    hub.fail("PUT", kind="drop", times=7)
-    result = reported(run(FAILURES, env, tmp_path, "me/student:end", patient=False))["me/student"]
-    assert "raised" not in result
+    # Of each of two files the client drops six attempts, then raises something that is no error of HTTP.
+    hub.fail("PUT", kind="drop", times=3 * 12 + 12)
+    results = reported(run(FAILURES, env, tmp_path, "me/never:end", "me/student:end", patient=False))
+    result = results["me/never"]
+    assert result["raised"] == "PushError" and result["waits"] == [5, 20]
+    assert "could not be reached (RemoteProtocolError)" in result["message"]
+    assert "trl-diffusion-opd push" in result["message"] and not own_commits(hub, "me/never")
+    assert "raised" not in results["me/student"] and results["me/student"]["waits"] == [5]
     assert all(fault.times == 0 for fault in hub.faults)
     ((_, files),) = own_commits(hub, "me/student")
     assert files[LORA] == (tmp_path / "me-student" / "out" / LORA).read_bytes()
@@ -277,13 +284,23 @@ def test_name_privacy_and_branch_of_the_repository(hub, env, tmp_path):
     assert first["repo"] == "me/named-like-this" and hub.repo("me/named-like-this").private
     assert LORA in hub.files("me/named-like-this", revision="try")
     assert LORA not in hub.files("me/named-like-this")
+    card = hub.files("me/named-like-this", revision="try")["README.md"].decode()
+    assert f'pipe.load_lora_weights(lora, revision="try", weight_name="{LORA}")' in card
     assert second["repo"] == "me/late" and not hub.repo("me/late").private  # `push_to_hub()` without the setting
     assert LORA in hub.files("me/late")
 
 
+def test_prompts_that_look_like_paths_stay_as_they_are(tmp_path):
+    record = example_record(gallery=[GalleryImage("/imagine a cat/dog", "images/a.png")])
+    record.prompts[0].examples = ["~ dreamy ~"]
+    record.save(tmp_path)
+    assert read_run(tmp_path) == {"run.json": (tmp_path / "run.json").read_bytes()}
+
+
 def test_paths_of_this_machine_are_left_out():
     content = {"output_dir": "/home/me/run", "nested": [{"cache_dir": "~/x/cache"}], "model": "owner/base", "n": 1}
-    assert without_paths(content) == {
+    assert without_paths({**content, "run_name": "~nobody"}) == {
+        "run_name": "~nobody",
         "output_dir": "run",
         "nested": [{"cache_dir": "cache"}],
         "model": "owner/base",

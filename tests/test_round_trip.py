@@ -46,8 +46,6 @@ RECIPE = {
     },
     "lora_r": 4,
     "lora_alpha": 8,
-    "push_to_hub": True,
-    "hub_model_id": "me/student",
     "hub_strategy": "every_save",
     "hub_always_push": True,
     "per_device_train_batch_size": 2,
@@ -107,7 +105,8 @@ def test_from_hub_teachers_to_a_hub_student_and_its_space(hub, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({**RECIPE, "output_dir": str(tmp_path / "run")}))
     fresh = hub.environment(tmp_path / "other-home", token=TOKEN)
-    done = script([ROOT / "examples" / "train_opd.py", "--config", recipe], fresh)
+    push = ["--push_to_hub", "--hub_model_id", "me/student"]
+    done = script([ROOT / "examples" / "train_opd.py", "--config", recipe, *push], fresh)
     assert done.returncode == 0, done.stderr
     assert TOKEN not in done.stdout + done.stderr
 

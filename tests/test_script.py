@@ -285,6 +285,7 @@ def test_a_distillation_may_start_from_a_lora(recipe, tmp_path, capsys):
     assert "starts from recipe/count" in capsys.readouterr().out
     results = results_of(path)
     assert results["student"] == results["teachers"]["count"] != results["base"]
+    assert "It started from the LoRA `recipe/count`." in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_some_tasks_of_a_recipe(recipe, capsys):

@@ -147,6 +147,26 @@ def test_title_prompts_and_a_large_model(tmp_path):
     assert validate_card(text, "space") == ([], [])
 
 
+def test_no_example_is_longer_than_the_limit(tmp_path):
+    prompts = {"short": [], "long": ["a boat " * 100]}
+    folder = write_space(tmp_path / "demo", make_student(tmp_path / "student"), base=BASE, prompts=prompts)
+    assert json.loads((folder / "demo.json").read_text())["limits"]["prompt"] == 700
+
+
+def test_included_models_name_no_path(tmp_path):
+    base = shutil.copytree(BASE, tmp_path / "base")
+    for name, key in (("model_index.json", "_name_or_path"), ("tokenizer/tokenizer_config.json", "tokenizer_file")):
+        config = json.loads((base / name).read_text())
+        (base / name).write_text(json.dumps({**config, key: "/home/somebody/base"}))
+    student = make_student(tmp_path / "student")
+    folder = write_space(tmp_path / "demo", student, base=base, include_weights=True)
+    assert json.loads((folder / "base/model_index.json").read_text()) == json.loads(
+        (BASE / "model_index.json").read_text()
+    )
+    contents = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
+    assert len(contents) > 15 and not any(b"/home/somebody" in content for content in contents)
+
+
 def test_without_a_record_the_card_tells(tmp_path):
     student = make_student(tmp_path / "student")
     (student / RECORD_FILE).unlink()
@@ -291,6 +311,12 @@ def test_words_that_the_model_does_not_know_are_named(app):
         generate(app, prompt="a red circle left of a blue square a red circle", steps=1)
 
 
+def test_a_base_without_t5(app, monkeypatch):
+    monkeypatch.setattr(app.PIPE, "tokenizer_3", None)
+    monkeypatch.setattr(app.PIPE, "text_encoder_3", None)
+    assert generate(app, steps=1)[2][1].shape == (32, 32, 3)
+
+
 def test_the_queue_is_limited_and_one_picture_is_drawn_at_a_time(app):
     assert app.page._queue.max_size == 16
     functions = {function.api_name: function for function in app.page.fns.values()}
@@ -365,6 +391,7 @@ def test_spaces_on_the_hub(hub, tmp_path, pipe):
         ["me/student", "me/demo", {"include_weights": True}],
         ["me/nowhere", "me/demo", {}],
         ["me/empty", "me/demo", {}],
+        ["me/student", "me/demo", {"teachers": {"ocr": "me/teachers/numbers"}}],
         [str(pushed), "demo", {"private": True}],
         ["me/gated", "me/closed", {}],
         [str(local), "me/complete", weights],
@@ -375,7 +402,8 @@ def test_spaces_on_the_hub(hub, tmp_path, pipe):
     assert said[3].startswith("SourceError student: the repository 'me/nowhere' was not found")
     assert "no 'pytorch_lora_weights.safetensors' in me/empty" in said[4]
     addresses = [f"{hub.endpoint}/spaces/me/{name}" for name in ("demo", "closed", "complete")]
-    assert said[5:] == addresses
+    assert said[5].startswith("SourceError teacher 'ocr': there is no")
+    assert said[6:] == addresses
 
     # One commit, all that is needed, pinned; the machine and the token are not named
     assert [message for _, message in hub.commits("me/demo", "space")][0] == "Demo of shapes-opd"

@@ -2,6 +2,7 @@
 """What happens between the rounds: averaging weights, drawing image grids and curves."""
 
 import importlib
+import itertools
 import re
 import time
 from pathlib import Path
@@ -67,7 +68,10 @@ class StopwatchCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._last = time.perf_counter()
-        self.trainer.outcome.results = {}  # of weights that are about to change
+        # What was scored were weights that are about to change.
+        self.trainer.outcome.results = {}
+        if state.is_world_process_zero:
+            (Path(args.output_dir) / "results.json").unlink(missing_ok=True)
 
     def on_step_end(self, args, state, control, **kwargs):
         now = time.perf_counter()
@@ -165,9 +169,10 @@ def save_gallery(
     samples = [(b.task, *sample) for b in batches for sample in zip(b.prompts, b.seeds, strict=True)]
     gallery: list[GalleryImage] = []
     for (task, prompt, seed), image in zip(samples, images, strict=True):
-        index = sum(other.task == task for other in gallery)
-        if index < _GALLERY_IMAGES:
-            file = f"images/{re.sub(r'[^a-zA-Z0-9_-]+', '_', task)}_{index}.png"
+        if sum(other.task == task for other in gallery) < _GALLERY_IMAGES:
+            taken = [other.file for other in gallery]  # maybe by a task that differs in other characters only
+            names = (f"images/{re.sub(r'[^a-zA-Z0-9_-]+', '_', task)}_{index}.png" for index in itertools.count())
+            file = next(name for name in names if name not in taken)
             enlarge(to_pil(image)).save(folder / file)
             gallery.append(GalleryImage(prompt, file, task, seed, step))
     return gallery

@@ -3,7 +3,6 @@
 
 import math
 import re
-import textwrap
 from collections.abc import Iterable
 from typing import Any
 
@@ -99,7 +98,7 @@ def how_good(record: RunRecord) -> str:
     if divergence_table(record):
         return f"no reward was measured, only how closely it follows its teachers; {see}"
     if record.benchmarks:
-        return f"scores on {len(record.benchmarks)} benchmarks; {see}"
+        return f"scores on benchmarks; {see}"
     return "not measured"
 
 
@@ -144,7 +143,10 @@ def made_on(record: RunRecord) -> str:
     """Time and hardware of the run."""
     number, memory = record.hardware["num_processes"], record.hardware.get("peak_memory_gb")
     devices = f"{number} x {record.hardware['device']}" if number > 1 else record.hardware["device"]
-    peak = f", with at most {memory:.2g} GB of memory{' in a process' if number > 1 else ''}" if memory else ""
+    peak = ""
+    if memory:
+        each = " in a process" if number > 1 else ""
+        peak = f", with at most {memory:.{0 if memory >= 10 else 2}f} GB of memory{each}"
     evaluations = ", evaluations included" if record.evaluation else ""
     return f"This took {duration(record.seconds)} on {devices}{evaluations}{peak}."
 
@@ -161,7 +163,7 @@ def example_prompts(record: RunRecord) -> str:
     """A prompt of each task; empty if none is known."""
     found = {prompts.task: prompts.examples[0] for prompts in record.prompts if prompts.examples}
     found |= {image.task: image.prompt for image in reversed(record.gallery) if image.task}
-    return "; ".join(f"`{textwrap.shorten(prompt, 100).replace('`', ' ')}` ({task})" for task, prompt in found.items())
+    return "; ".join(f"`{_shortened(prompt).replace('`', ' ')}` ({task})" for task, prompt in found.items())
 
 
 def about_gallery(record: RunRecord) -> str:
@@ -180,19 +182,19 @@ def limits(record: RunRecord) -> list[str]:
     scores, settings, inference = student_scores(record), record.settings, record.inference
     tasks = _trained(record)
     found = []
-    if scores:
+    if scores or record.benchmarks:
         found.append(
             "The scores are those of automatic reward functions, on one run with one seed. They see only what they "
             "were written to see, and small differences between rows are noise."
         )
-        if unscored := [task for task in tasks if task not in scores]:
+        if scores and (unscored := [task for task in tasks if task not in scores]):
             found.append(f"No reward was measured on {enumeration(unscored)}.")
     elif record.evaluation:
         found.append(
             "No reward was measured. The divergences tell how closely it follows its teachers, not how good the "
             "pictures are."
         )
-    elif record.rounds and not record.benchmarks:
+    elif record.rounds:
         found.append("Nothing was evaluated: how good it is, is not known.")
     if few := [
         f"{_num_scored(p)} on {p.task}" for p in record.eval_prompts if p.task in scores and _num_scored(p) < 30
@@ -277,6 +279,12 @@ def _scored(prompts: PromptSet) -> str:
 
 def _num_scored(prompts: PromptSet) -> int:
     return prompts.num_images if prompts.num_prompts is None else min(prompts.num_images, prompts.num_prompts)
+
+
+def _shortened(prompt: str) -> str:
+    """Its start in one line, also of a language that puts no spaces between words."""
+    line = " ".join(prompt.split())
+    return line if len(line) <= 100 else f"{line[:99].rstrip()}…"
 
 
 def _other_sampler(record: RunRecord) -> bool:

@@ -65,8 +65,11 @@ def card(folder: str, repo_id: str | None = None, show: bool = False) -> None:
     if results.is_file():
         try:
             record.results = json.loads(results.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{str(results)!r} is no JSON: {error}. Evaluate again, or remove it.") from error
+            scored = record.results["student"].keys()
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{str(results)!r} holds no results: {error}. Evaluate again, or remove it.") from error
+        if unknown := sorted(scored - record.reward_names.keys()):
+            raise ValueError(f"{str(results)!r} is not of this run, whose rewards are not of {unknown}. Remove it.")
     if repo_id is not None:
         record.repo_id, record.name = repo_id, repo_id.rpartition("/")[2]
     rendered = render_card(record)
@@ -123,7 +126,7 @@ def _push_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="FOLDER", help="`output_dir` of a run, finished or not, or a checkpoint")
     parser.add_argument("--repo_id", metavar="OWNER/NAME", help="where to; by default where the run was going to push")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
-    parser.add_argument("--revision", help="branch, created if needed; by default the main one")
+    parser.add_argument("--revision", help="branch, created if needed; by default that of the run")
     parser.add_argument("--commit_message", metavar="TEXT", help="title of the commit")
     parser.add_argument(
         "--eval",
@@ -166,9 +169,9 @@ def _space_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--title", help="title of the app")
     parser.add_argument(
         "--teachers",
-        nargs="+",
+        nargs="*",
         metavar="TASK=SOURCE",
-        help="LoRA teachers to show, local or of the Hub; by default those that the record names on the Hub",
+        help="LoRA teachers to show, local or of the Hub, or none; by default those that the record names on the Hub",
     )
     parser.add_argument("--private", action="store_true", help="make a new Space private")
     parser.add_argument(

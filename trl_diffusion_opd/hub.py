@@ -122,7 +122,7 @@ def read_run(folder: str | Path) -> dict[str, bytes]:
     files = {}
     for path in sorted(path for pattern in _PUSHED for path in folder.glob(pattern)):
         content = path.read_bytes()
-        if path.suffix == ".json" and path.name != RECORD_FILE:  # which names no path, but may have prompts like `/ ~`
+        if path.suffix == ".json" and path.name != RECORD_FILE:  # no paths in it, but prompts that may look like one
             content = dump_json(without_paths(json.loads(content))).encode()
         files[path.relative_to(folder).as_posix()] = content
     return files
@@ -189,7 +189,7 @@ def push_folder(
         token (`str`, *optional*):
             Token to use instead of the one of `hf auth login` or `HF_TOKEN`.
         revision (`str`, *optional*):
-            Branch, created if needed.
+            Branch, created if needed. By default the one that the run was going to push to.
         private (`bool`, *optional*):
             Whether a new repository is private.
         commit_message (`str`, *optional*, defaults to `"Upload the LoRA"`):
@@ -222,10 +222,12 @@ def push_folder(
     repo_id = repo_id or record.repo_id
     if repo_id is None:
         raise ValueError(f"Nothing in {str(folder)!r} says where to push. Pass `--repo_id owner/name`.")
+    revision = revision or record.revision
     repo_id = create_repo(repo_id, token=token, private=private)
     files = read_run(folder)
-    if evaluation is not None or repo_id != record.repo_id or "README.md" not in files:
-        record.repo_id, record.name = repo_id, repo_id.split("/")[-1]
+    is_elsewhere = (repo_id, revision) != (record.repo_id, record.revision)
+    if evaluation is not None or is_elsewhere or "README.md" not in files:
+        record.repo_id, record.revision, record.name = repo_id, revision, repo_id.split("/")[-1]
         record.save(folder)
         render_card(record).save(folder / "README.md")
         files = read_run(folder)

@@ -52,7 +52,7 @@ def load_prompts(
     """
     options = dict(source) if isinstance(source, Mapping) else {"path": source}
     if not isinstance(options.get("path"), (str, Path)):
-        raise ValueError(f"{owner}: a mapping must have the `path` of the prompts, but is {source!r}.")
+        raise ValueError(f"{owner}: a mapping must have the `path` of the prompts, but has {list(options)}.")
     path, own_column = options.pop("path"), options.pop("column", column)
     with _reading_errors(path, owner):
         if Path(urlparse(str(path)).path).suffix in _READERS:

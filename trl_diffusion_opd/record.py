@@ -180,6 +180,8 @@ class RunRecord:
             The base model.
         repo_id (`str`, *optional*):
             Hub repository that the run is pushed to.
+        revision (`str`, *optional*):
+            Branch of that repository, if it is not the main one.
         base_license ([`License`], *optional*):
             Licence of the base, which the LoRA inherits.
         tags (`list[str]`, *optional*):
@@ -229,6 +231,7 @@ class RunRecord:
     summary: str
     base: Origin
     repo_id: str | None = None
+    revision: str | None = None
     base_license: License = field(default_factory=License)
     tags: list[str] = field(default_factory=list)
     teachers: list[TeacherRecord] = field(default_factory=list)

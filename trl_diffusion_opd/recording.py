@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .base_config import DiffusionConfig
+from .card_parts import link
 from .data import Prompts, num_prompts, spread
 from .evaluation import reward_name
 from .loading import STUDENT, default_lora
@@ -44,10 +45,14 @@ def record_run(trainer: "DiffusionTrainer") -> RunRecord:
     _, height, width = trainer.latent_shape
     factor = trainer.pipeline.vae_scale_factor
     functions = [func for funcs in trainer.reward_funcs.values() for func in funcs]
+    described = trainer.describe_run()
+    if trainer.adapter_origin is not None:
+        described["summary"] += f" It started from the LoRA {link(trainer.adapter_origin)}."
     return RunRecord(
         name=name.split("/")[-1],
         base=trainer.base_origin,
         repo_id=trainer.hub_model_id,
+        revision=args.hub_revision,
         base_license=trainer.base_license,
         tags=[*trainer._tag_names, *(["hf_jobs"] if "JOB_ID" in os.environ else [])],
         prompts=[_prompts(trainer, task, data) for task, data in trainer.datasets.items()],
@@ -76,7 +81,7 @@ def record_run(trainer: "DiffusionTrainer") -> RunRecord:
         paper=trainer._paper,
         versions=library_versions(),
         date=date.today().isoformat(),
-        **trainer.describe_run(),
+        **described,
     )
 
 

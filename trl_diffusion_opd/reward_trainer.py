@@ -23,7 +23,6 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from .advantages import group_advantages
 from .base_trainer import DiffusionTrainer
-from .card_parts import link
 from .data import TaskBatch
 from .evaluation import RewardFunc, check_columns, reward_columns, reward_name
 from .plan import MethodPlan
@@ -142,10 +141,7 @@ class RewardTrainer(DiffusionTrainer):
         )
 
     def describe_run(self) -> dict[str, Any]:
-        start = f" It started from the LoRA {link(self.adapter_origin)}." if self.adapter_origin else ""
-        return {
-            "summary": f"A LoRA trained by reinforcement learning ({self._name}) on {self.describe_rewards()}.{start}"
-        }
+        return {"summary": f"A LoRA trained by reinforcement learning ({self._name}) on {self.describe_rewards()}."}
 
     def load_method_state(self, folder: Path) -> None:
         step = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step

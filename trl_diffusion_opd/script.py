@@ -72,7 +72,6 @@ def train(trainer: DiffusionTrainer, script_args: ScriptArguments) -> None:
     trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
     # "Internal", or upstream would push here too, before there are results
     trainer.save_model(training_args.output_dir, _internal_call=True)
-    trainer.create_model_card()
     output_dir = Path(training_args.output_dir)
     if script_args.compare:
         results = compare(trainer)

@@ -9,8 +9,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from .record import RECORD_FILE, RunRecord
-from .sources import Source, parse_source
-from .space_content import SpaceContent, gather, lora_files
+from .sources import Source, is_absolute, parse_source
+from .space_content import SpaceContent, gather, lora_files, pin_lora
 
 
 PYTHON_VERSION = "3.12"  # as ZeroGPU has it; the libraries need 3.11
@@ -141,6 +141,9 @@ def deploy_space(
             f"The Space could not load what is on this machine only: {', '.join(local)}. Push it to the Hub and pass "
             "its id, or upload small models into the Space itself with `include_weights`."
         )
+    for task, teacher in content.teachers.items():
+        if teacher.path is None:  # a Space that misses one does not start
+            content.teachers[task], _ = pin_lora(teacher, f"teacher {task!r}", token)
     files = _render(content, include_weights)
     create_repo(repo_id, token=token, private=private, repo_type="space", space_sdk="gradio")
     push_files(files, repo_id, f"Demo of {content.title}", token=token, repo_type="space")
@@ -152,14 +155,14 @@ def _pushed(student: str | Path) -> str | Path:
     folder = parse_source(student, kind="student").path
     if folder is None:
         return student
-    repo_id = RunRecord.load(folder).repo_id if (folder / RECORD_FILE).is_file() else None
-    if repo_id is None:
+    record = RunRecord.load(folder) if (folder / RECORD_FILE).is_file() else None
+    if record is None or record.repo_id is None:
         raise ValueError(
             f"The student {str(student)!r} is on this machine and was not pushed to the Hub. Push it first "
             f"(`trl-diffusion-opd push {student} --repo_id owner/name`), or upload small models into the Space itself "
             "with `include_weights`."
         )
-    return repo_id
+    return f"{record.repo_id}@{record.revision}" if record.revision else record.repo_id
 
 
 def _render(content: SpaceContent, include_weights: bool) -> dict[str, bytes]:
@@ -180,6 +183,7 @@ def _render(content: SpaceContent, include_weights: bool) -> dict[str, bytes]:
             "that is put into a Space. Push them to the Hub and pass their ids."
         )
     limits = LIMITS | {name: max(LIMITS[name], content.defaults[name]) for name in LIMITS.keys() & content.defaults}
+    limits["prompt"] = max([LIMITS["prompt"], *(len(text) for texts in content.prompts.values() for text in texts)])
     demo = {
         "title": content.title,
         "description": content.description,
@@ -223,13 +227,11 @@ def _base_files(folder: Path) -> list[Path]:
 
 
 def _read(file: Path) -> bytes:
-    """Reads a file of a model; a config without the path that it was once loaded from."""
-    if file.suffix != ".json":
+    """Reads a file of a model; a config without the paths that it was once loaded from."""
+    if not file.name.endswith(("config.json", "model_index.json")):
         return file.read_bytes()
     content = json.loads(file.read_text(encoding="utf-8"))
-    paths = [
-        name for name, value in content.items() if name.endswith("name_or_path") and Path(value or "").is_absolute()
-    ]
+    paths = [name for name, value in content.items() if is_absolute(value)]
     if not paths:
         return file.read_bytes()
     return json.dumps({name: value for name, value in content.items() if name not in paths}, indent=2).encode()

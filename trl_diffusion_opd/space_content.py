@@ -122,7 +122,9 @@ def _read_student(source: Source, token: str | None) -> tuple[Source, RunRecord 
         files = {name: source.path / name for name in (RECORD_FILE, CARD_FILE)}
         files = {name: file for name, file in files.items() if file.is_file()}
     else:
-        source, files = _fetch_student(source, token)
+        source, names = pin_lora(source, "student", token)
+        wanted = {RECORD_FILE, CARD_FILE}.intersection(names)
+        files = {name: fetch(source, name, "student", token=token).path for name in wanted}
     if RECORD_FILE in files:
         return source, RunRecord.load(files[RECORD_FILE].parent), {}
     if CARD_FILE in files:
@@ -132,21 +134,25 @@ def _read_student(source: Source, token: str | None) -> tuple[Source, RunRecord 
     return source, None, {}
 
 
-def _fetch_student(source: Source, token: str | None) -> tuple[Source, dict[str, Path]]:
+def pin_lora(source: Source, owner: str, token: str | None) -> tuple[Source, list[str]]:
+    """
+    A LoRA on the Hub at the commit that it is at, and the names of the files beside it.
+
+    Raises:
+        `SourceError`: it is not there.
+    """
     from huggingface_hub import HfApi
 
     api, prefix = HfApi(token=token), f"{source.subfolder}/" if source.subfolder else ""
-    with hub_errors(source, "student"):
+    with hub_errors(source, owner):
         info = retried(lambda: api.model_info(source.repo_id, revision=source.revision))
     names = [file.rfilename.removeprefix(prefix) for file in info.siblings if file.rfilename.startswith(prefix)]
     if DIFFUSERS_WEIGHT_NAME not in names and PEFT_WEIGHT_NAME not in names:
         raise SourceError(
-            f"student: there is no {DIFFUSERS_WEIGHT_NAME!r} in {source}. Check the spelling, or push the LoRA first "
+            f"{owner}: there is no {DIFFUSERS_WEIGHT_NAME!r} in {source}. Check the spelling, or push the LoRA first "
             "(`trl-diffusion-opd push FOLDER`)."
         )
-    source = replace(source, revision=info.sha)
-    files = {RECORD_FILE, CARD_FILE}.intersection(names)
-    return source, {name: fetch(source, name, "student", token=token).path for name in files}
+    return replace(source, revision=info.sha), names
 
 
 def _source_of(origin: Origin) -> Source | None:

@@ -103,6 +103,8 @@ class LoraTrainer(_BaseTrainer):
         (output_dir / TRAINING_ARGS_FILE).write_text(settings, encoding="utf-8")
         (output_dir / PROVENANCE_FILE).write_text(dump_json(self.provenance), encoding="utf-8")
         self.make_record().save(output_dir)
+        if output_dir == Path(self.args.output_dir):
+            self.create_model_card()
 
     def _get_output_dir(self, trial) -> str:
         return self._staging_dir or super()._get_output_dir(trial)
@@ -274,8 +276,7 @@ class LoraTrainer(_BaseTrainer):
             return self._upload(files, message, token, revision)
         except PushError as error:
             command = ["trl-diffusion-opd", "push", self.args.output_dir, "--repo_id", self.hub_model_id]
-            if revision := revision or self.args.hub_revision:
-                command += ["--revision", revision]
+            command += ["--revision", revision] if revision else []
             raise PushError(
                 f"{error} Nothing is lost: all of it is in {self.args.output_dir!r}. Once that is mended, run "
                 f"`{shlex.join(command)}`."

@@ -204,7 +204,7 @@ def warn_about(prompt: str) -> None:
     unknown = [word for word in prompt.split() if PIPE.tokenizer.unk_token in PIPE.tokenizer.tokenize(word)]
     if unknown:
         gr.Warning(f"This model has never seen: {html.escape(', '.join(unknown))}. Try the words of the examples.")
-    if len(PIPE.tokenizer_3(prompt)["input_ids"]) > DEFAULTS.get("max_sequence_length", 256):
+    if PIPE.tokenizer_3 and len(PIPE.tokenizer_3(prompt)["input_ids"]) > DEFAULTS.get("max_sequence_length", 256):
         gr.Warning("The prompt is longer than this model reads: its end does not count.")
 
 

@@ -47,7 +47,9 @@ def parse_prompts(words: Sequence[str]) -> dict[str, str]:
     sources = group(words)
     if None in sources:
         raise ValueError(f"`--prompts {sources[None][0]}` does not say of what. Write `--prompts NAME=SOURCE`.")
-    return {name: words[-1] for name, words in sources.items()}
+    if twice := [name for name, own in sources.items() if len(own) > 1]:
+        raise ValueError(f"`--prompts` has two sources for {twice[0]!r}. Keep one of them.")
+    return {name: own[0] for name, own in sources.items()}
 
 
 def parse_guidance(words: Sequence[str]) -> dict[str | None, list[float]]:
