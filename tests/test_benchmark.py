@@ -113,8 +113,8 @@ def world(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(world):
     """The folder of an evaluation of everything, in one process."""
-    world.evaluate("whole", merge=True, guidance_scale={None: [GUIDANCE], "base": [1.0, 3.0]})
-    assert world.calls == [5] * 5
+    world.evaluate("whole", merge=["sum", "mean"], guidance_scale={None: [GUIDANCE], "base": [1.0, 3.0]})
+    assert world.calls == [5] * 6
     return world.folder / "whole"
 
 
@@ -188,27 +188,28 @@ def test_pictures_are_those_of_diffusers_with_the_same_noise(world, whole, tmp_p
     seeds = [picture_seed(42, "words", position) for position in range(5)]
     noise = [torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     drawn = {}
-    for model, adapters, guidance in (
-        ("base, guidance 1", [], 1.0),
-        ("base, guidance 3", [], 3.0),
-        ("student", ["student"], GUIDANCE),
-        ("other", ["other"], GUIDANCE),
-        ("merge", ["student", "other"], GUIDANCE),
+    for model, adapters, guidance, weight in (
+        ("base, guidance 1", [], 1.0, 1.0),
+        ("base, guidance 3", [], 3.0, 1.0),
+        ("student", ["student"], GUIDANCE, 1.0),
+        ("other", ["other"], GUIDANCE, 1.0),
+        ("merge_sum", ["student", "other"], GUIDANCE, 1.0),
+        ("merge_mean", ["student", "other"], GUIDANCE, 0.5),
     ):
         pipe.enable_lora() if adapters else pipe.disable_lora()
         if adapters:
-            pipe.set_adapters(adapters, [1.0] * len(adapters))
+            pipe.set_adapters(adapters, [weight] * len(adapters))
         size = {"height": SIZE, "width": SIZE, "max_sequence_length": LENGTH, "num_inference_steps": STEPS}
         images = pipe(PROMPTS, guidance_scale=guidance, latents=torch.stack(noise), output_type="pt", **size).images
         for position, image in enumerate(images):
             drawn[f"{model}/words/{position + 1:05d}.png"] = (image * 255).round().permute(1, 2, 0).numpy()
     assert same(drawn, pictures(whole))
-    assert len({array.tobytes() for array in drawn.values()}) == 25, "models, prompts and noise differ"
+    assert len({array.tobytes() for array in drawn.values()}) == 30, "models, prompts and noise differ"
 
 
 def test_pictures_do_not_depend_on_batch_order_and_company(world, whole):
     world.evaluate("alone", loras={"student": world.loras["student"]}, base=False, batch_size=2)
-    world.evaluate("alone", loras={"other": world.loras["other"]}, base=False, batch_size=3, merge=False)
+    world.evaluate("alone", loras={"other": world.loras["other"]}, base=False, batch_size=3, merge=[])
     alone = pictures(world.folder / "alone")
     assert (
         world.calls == [5, 5]
@@ -240,7 +241,8 @@ def test_two_processes_do_what_one_does(world, whole):
         "trl_diffusion_opd",
     ]
     command = [*launch, "eval", "--model", world.base, "--lora", world.loras["student"], f"x={world.loras['other']}"]
-    command += ["--merge", "--benchmarks", "words", "--prompts", f"words={world.folder / 'prompts.txt'}", "--use-cpu"]
+    command += ["--benchmarks", "words", "--prompts", f"words={world.folder / 'prompts.txt'}", "--use-cpu"]
+    command += ["--merge", "sum", "mean"]
     command += ["--rewards", world.reward("brightness")[None][0], "--num-inference-steps", STEPS, "--batch-size", 2]
     command += ["--guidance-scale", GUIDANCE, "base=1", "base=3", "--max-sequence-length", LENGTH, "--output_dir", out]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -250,7 +252,7 @@ def test_two_processes_do_what_one_does(world, whole):
     (out / "x").rename(out / "other")
     assert same(pictures(out), pictures(whole))
     shares = [sum(len(file.read_text().split("\n")) - 1 for file in out.rglob(f"*.{i}.jsonl")) for i in (0, 1)]
-    assert sorted(shares) == [12, 13] and sum(world.calls) == 25
+    assert sorted(shares) == [15, 15] and sum(world.calls) == 30
     one, two = (json.loads((folder / "summary.json").read_text())["results"] for folder in (whole, out))
     for a, b in zip(one, two, strict=True):
         assert b["mean"] == pytest.approx(a["mean"], abs=2e-3) and b["num_scored"] == 5
@@ -320,13 +322,13 @@ def test_other_settings_are_refused(world, whole, tmp_path):
         ({"prompts": {"words": str(other)}}, r"benchmarks: words: prompts was [0-9a-f]{8} and is"),
     ):
         with pytest.raises(ValueError, match=f"in '.*copy' were made with other settings: {message}"):
-            world.evaluate("copy", **{"guidance_scale": guidance, "merge": True, **changes})
+            world.evaluate("copy", **{"guidance_scale": guidance, "merge": ["sum"], **changes})
     assert {file: file.read_bytes() for file in copy.rglob("*") if file.is_file()} == before
     # A base that was moved is the same, one that was changed is not.
-    world.evaluate("copy", model=base, guidance_scale=guidance, merge=True)
+    world.evaluate("copy", model=base, guidance_scale=guidance, merge=["sum"])
     (base / "scheduler" / "scheduler_config.json").write_text("{}")
     with pytest.raises(ValueError, match="other settings: base: weights was"):
-        world.evaluate("copy", model=base, guidance_scale=guidance, merge=True)
+        world.evaluate("copy", model=base, guidance_scale=guidance, merge=["sum"])
     assert world.calls == []
 
 
@@ -532,11 +534,11 @@ def test_pages(world, whole):
     index, page = Page(whole / "index.html"), Page(whole / "words.html")
     assert index.links == ["words.html"] and page.links == ["index.html"]
     assert "base, guidance 3" in index.text and "brightness" in index.text and not index.images
-    assert len(page.images) == 25
+    assert len(page.images) == 30
     for image in page.images:
         assert (whole / unquote(image["src"])).is_file() and image["loading"] == "lazy" and image["width"] == "16"
-    models = ["base, guidance 1", "base, guidance 3", "student", "other", "merge"]
-    assert [image["alt"] for image in page.images[10:15]] == [f"{model}: {PROMPTS[2]}" for model in models]
+    models = ["base, guidance 1", "base, guidance 3", "student", "other", "merge_sum", "merge_mean"]
+    assert [image["alt"] for image in page.images[12:18]] == [f"{model}: {PROMPTS[2]}" for model in models]
     assert f"{PROMPTS[2]} " in page.text and "<b>house" not in (whole / "words.html").read_text()
     row = json.loads((whole / "summary.json").read_text())["results"][0]
     scores = [json.loads(line) for line in (whole / "metadata.jsonl").read_text().splitlines()]
@@ -553,7 +555,7 @@ def test_the_folder_is_a_dataset(whole, tmp_path):
         *("file_name", "model", "benchmark", "prompt", "seed", "guidance_scale"),
         "brightness",
     ]
-    assert len(images) == len(rows) == 25 and images.column_names == ["image", *rows.column_names[1:]]
+    assert len(images) == len(rows) == 30 and images.column_names == ["image", *rows.column_names[1:]]
     by_seed = {(row["model"], row["seed"]): row for row in rows}
     for row in images:
         pixels = np.asarray(row["image"], dtype=np.float64) / 255
@@ -628,13 +630,14 @@ def test_shapes_need_a_checkout(monkeypatch, tmp_path):
 
 
 def test_rows_of_the_table():
-    rows = choose_contestants(["a", "b"], {None: [2.0], "base": [1.0, 4.5], "b": [1.0]}, merge=True)
-    assert [(row.name, row.guidance_scale, row.loras) for row in rows] == [
-        ("base, guidance 1", 1.0, ()),
-        ("base, guidance 4.5", 4.5, ()),
-        ("a", 2.0, ("a",)),
-        ("b", 1.0, ("b",)),
-        ("merge", 2.0, ("a", "b")),
+    rows = choose_contestants(["a", "b"], {None: [2.0], "base": [1.0, 4.5], "b": [1.0]}, merge=["mean", "sum"])
+    assert [(row.name, row.guidance_scale, row.loras, row.weight) for row in rows] == [
+        ("base, guidance 1", 1.0, (), 1.0),
+        ("base, guidance 4.5", 4.5, (), 1.0),
+        ("a", 2.0, ("a",), 1.0),
+        ("b", 1.0, ("b",), 1.0),
+        ("merge_mean", 2.0, ("a", "b"), 0.5),
+        ("merge_sum", 2.0, ("a", "b"), 1.0),
     ]
     assert [row.guidance_scale for row in choose_contestants(["a"], {"a": [1.0]})] == [4.5, 1.0]
 
@@ -663,11 +666,12 @@ def test_rows_of_the_table():
             "--model {base} --benchmarks geneval --prompts geneval={txt}",
             "`geneval` of task 'geneval' needs the column",
         ),
-        ("--model {base} --lora a={here}/x b={here}/x --merge --no-base", "the local path '{here}/x' does not exist"),
+        ("--model {base} --lora a={here}/x b={here}/x --merge mean", "the local path '{here}/x' does not exist"),
         ("--model {base} --lora {here}/x other/x", "Two LoRAs are called 'x'. Name them as `--lora one={here}/x two="),
         ("--model {base} --lora base={here}/x", "A LoRA cannot be called 'base'"),
         ("--model {base} --lora a/b={here}/x", "A LoRA cannot be called 'a/b'"),
-        ("--model {base} --merge", "`--merge` adds LoRAs up and needs two or more of them"),
+        ("--model {base} --merge sum", "`--merge` adds LoRAs up and needs two or more of them"),
+        ("--model {base} --merge ties", "`--merge` is one of sum, mean, or both, but not 'ties'"),
         ("--model {base} --no_base", "There is nothing to evaluate. Pass `--lora`, or leave out `--no_base`"),
         ("--model {base} --guidance_scale x=1", "`--guidance_scale` names 'x', but the models are base."),
         ("--model {base} --guidance_scale high", "`--guidance_scale high` must be numbers, or NAME=NUMBER"),

@@ -128,3 +128,4 @@ def main(
             train(trainer, script_args)
         except PushError as error:
             fail(error, exit_code=1)
+    trainer.accelerator.end_training()  # or a process may abort while it exits, its communication still running

@@ -73,20 +73,27 @@ def find_objects(picture: np.ndarray) -> list[tuple[str, str, float, float]]:
 
 def geneval(images: Any, prompts: list[str], **columns: Any) -> list[float]:
     """1 for a picture with exactly the objects asked for, in the places asked for."""
-    return [_is_composed(picture, prompt) for picture, prompt in zip(_to_numpy(images), prompts, strict=True)]
+    return [float(score == 1) for score in geneval_partial(images, prompts)]
 
 
-def _is_composed(picture: np.ndarray, prompt: str) -> float:
+def geneval_partial(images: Any, prompts: list[str], **columns: Any) -> list[float]:
+    """The share of what was asked for that is there, to train on: 1 where `geneval` is 1."""
+    return [_share(picture, prompt) for picture, prompt in zip(_to_numpy(images), prompts, strict=True)]
+
+
+def _share(picture: np.ndarray, prompt: str) -> float:
+    """Right objects among those asked for, or among those found if these are more; and the relation is one thing more."""
     subject, objects = parse(prompt), find_objects(picture)
     if isinstance(subject, Counting):
-        wanted = (subject.colour, subject.shape)
-        return float(len(objects) == subject.count and all(found[:2] == wanted for found in objects))
+        right = sum(found[:2] == (subject.colour, subject.shape) for found in objects)
+        return min(right, subject.count) / max(len(objects), subject.count)
     wanted = [(subject.colour, subject.shape), (subject.other_colour, subject.other_shape)]
-    objects.sort(key=lambda found: found[:2] != wanted[0])
-    if [found[:2] for found in objects] != wanted:
-        return 0.0
-    axis = 2 if subject.relation == "left of" else 3
-    return float(objects[1][axis] - objects[0][axis] > MIN_OFFSET)
+    places = [[found[2:] for found in objects if found[:2] == thing] for thing in wanted]
+    right = sum(map(bool, places))
+    if [len(place) for place in places] == [1, 1]:
+        axis = 0 if subject.relation == "left of" else 1
+        right += bool(places[1][0][axis] - places[0][0][axis] > MIN_OFFSET)
+    return right / (max(len(objects), 2) + 1)
 
 
 # Text

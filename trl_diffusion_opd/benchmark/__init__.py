@@ -18,7 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="LoRAs: Hub repositories, folders or files, each with a name",
     )
     parser.add_argument("--no_base", dest="base", action="store_false", help="leave the base itself out")
-    parser.add_argument("--merge", action="store_true", help="evaluate the sum of the given LoRAs too")
+    parser.add_argument(
+        "--merge", nargs="+", metavar="HOW", help="evaluate merges of the given LoRAs too: sum, mean, or both"
+    )
     parser.add_argument(
         "--benchmarks",
         nargs="+",
@@ -74,7 +76,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(**arguments: Any) -> None:
     """Runs `trl-diffusion-opd eval` with the options that were given."""
+    from accelerate import PartialState
+
     from .options import parse_options
     from .run import evaluate
 
     evaluate(**parse_options(arguments))
+    PartialState().destroy_process_group()  # or a process may abort while it exits, its communication still running

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is compared: the base, LoRAs on it and their sum, each at a guidance scale. One row of a table each."""
+"""What is compared: the base, LoRAs on it and their merges, each at a guidance scale. One row of a table each."""
 
 import hashlib
 import json
@@ -14,9 +14,10 @@ from ..lora_files import LoraWeights, read_lora
 from ..sources import Origin, parse_source, resolve
 
 
-BASE, MERGE = "base", "merge"
+BASE = "base"
+MERGES = ("sum", "mean")
 DEFAULT_GUIDANCE = 4.5
-_RESERVED = (BASE, MERGE, "prompts")
+_RESERVED = (BASE, *(f"merge_{merge}" for merge in MERGES), "prompts")
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,14 @@ class Contestant:
             Classifier-free guidance.
         loras (`tuple[str, ...]`, *optional*):
             Names of the LoRAs whose updates are added up on the base.
+        weight (`float`, *optional*, defaults to `1.0`):
+            Weight of each of these updates.
     """
 
     name: str
     guidance_scale: float
     loras: tuple[str, ...] = ()
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ def choose_contestants(
     guidance_scale: float | Mapping[str | None, Sequence[float]],
     *,
     base: bool = True,
-    merge: bool = False,
+    merge: Sequence[str] = (),
 ) -> list[Contestant]:
     """
     The rows of the table, the base first.
@@ -75,11 +79,12 @@ def choose_contestants(
             scales gets several rows.
         base (`bool`, *optional*, defaults to `True`):
             Whether the base itself is one.
-        merge (`bool`, *optional*, defaults to `False`):
-            Whether the sum of all LoRAs is one.
+        merge (`Sequence[str]`, *optional*):
+            `"sum"` adds the row `merge_sum`, the updates of all LoRAs added up, and `"mean"` the row `merge_mean`.
 
     Raises:
-        `ValueError`: nothing to compare, a name that cannot be a folder's, or a guidance scale of no model.
+        `ValueError`: nothing to compare, a name that cannot be a folder's, a merge that is not known, or a guidance scale
+            of no model.
     """
     scales = dict(guidance_scale) if isinstance(guidance_scale, Mapping) else {None: [guidance_scale]}
     for name in names:
@@ -88,18 +93,21 @@ def choose_contestants(
                 f"A LoRA cannot be called {name!r}. Name it in letters, digits and `._+-`, and not "
                 f"{', '.join(_RESERVED)}: `--lora NAME=SOURCE`."
             )
+    if unknown := [name for name in merge if name not in MERGES]:
+        raise ValueError(f"`--merge` is one of {', '.join(MERGES)}, or both, but not {unknown[0]!r}.")
     if merge and len(names) < 2:
         raise ValueError("`--merge` adds LoRAs up and needs two or more of them. Pass them to `--lora`.")
-    models = {BASE: ()} if base else {}
-    models |= {name: (name,) for name in names} | ({MERGE: tuple(names)} if merge else {})
+    models = {BASE: ((), 1.0)} if base else {}
+    models |= {name: ((name,), 1.0) for name in names}
+    models |= {f"merge_{name}": (tuple(names), 1.0 if name == "sum" else 1 / len(names)) for name in merge}
     if not models:
         raise ValueError("There is nothing to evaluate. Pass `--lora`, or leave out `--no_base`.")
     if unknown := [name for name in scales if name is not None and name not in models]:
         raise ValueError(f"`--guidance_scale` names {unknown[0]!r}, but the models are {', '.join(models)}.")
     rows = []
-    for name, loras in models.items():
+    for name, (loras, weight) in models.items():
         own = scales.get(name, scales.get(None, [DEFAULT_GUIDANCE]))
-        rows += [Contestant(f"{name}, guidance {g:g}" if len(own) > 1 else name, float(g), loras) for g in own]
+        rows += [Contestant(f"{name}, guidance {g:g}" if len(own) > 1 else name, float(g), loras, weight) for g in own]
     return rows
 
 

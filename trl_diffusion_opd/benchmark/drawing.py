@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from diffusers.utils import scale_lora_layers, unscale_lora_layers
 from tqdm.auto import tqdm
 
 from ..adapters import base_only, use_adapter
@@ -128,8 +129,12 @@ class Painter:
                 return self.velocity(sample, timesteps[index], *text, scale)
 
         with use_adapter(transformer, *names) if names else base_only(transformer):
-            for step in denoise(velocity, torch.stack(noise).to(self.device), self.schedule):
-                latents = step.next_sample
+            scale_lora_layers(transformer, contestant.weight)
+            try:
+                for step in denoise(velocity, torch.stack(noise).to(self.device), self.schedule):
+                    latents = step.next_sample
+            finally:
+                unscale_lora_layers(transformer, contestant.weight)
         images = self.pipeline.decode_latents(latents)
         if not images.isfinite().all():
             raise ValueError(

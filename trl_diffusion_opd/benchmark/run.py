@@ -42,7 +42,7 @@ def evaluate(
     *,
     loras: Mapping[str, str | Path] | None = None,
     base: bool = True,
-    merge: bool = False,
+    merge: Sequence[str] = (),
     benchmarks: Sequence[str] = DEFAULT_BENCHMARKS,
     prompts: Mapping[str, str] | None = None,
     rewards: Mapping[str | None, Sequence[str]] | None = None,
@@ -69,8 +69,10 @@ def evaluate(
             The base: `owner/repo[@revision]` on the Hub or a local folder.
         loras (`Mapping[str, str | Path]`, *optional*):
             LoRAs by name: `owner/repo[/sub/folder][@revision]`, a folder or a file, in the format of diffusers or PEFT.
-        base (`bool`, *optional*, defaults to `True`), merge (`bool`, *optional*, defaults to `False`):
-            Whether to evaluate the base itself, and the sum of the LoRAs.
+        base (`bool`, *optional*, defaults to `True`):
+            Whether to evaluate the base itself.
+        merge (`Sequence[str]`, *optional*):
+            Merges of all LoRAs to evaluate: `"sum"`, `"mean"`.
         benchmarks (`Sequence[str]`, *optional*, defaults to `("geneval", "ocr", "drawbench")`):
             See [`~benchmark.suites.choose_benchmarks`].
         prompts (`Mapping[str, str]`, *optional*), rewards (`Mapping[str | None, Sequence[str]]`, *optional*):

@@ -33,6 +33,7 @@ def contestant_settings(contestant: Contestant, loras: Mapping[str, Lora]) -> di
     return {
         "guidance_scale": contestant.guidance_scale,
         "weights": sorted(lora.sha256 for lora in own),
+        **({} if contestant.weight == 1 else {"weight": contestant.weight}),
         "origins": [asdict(lora.origin) for lora in own],
     }
 
