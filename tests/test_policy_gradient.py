@@ -42,7 +42,7 @@ class TestLogRatio:
         v, v_old, noise, new, old = two_policies(solver, s, t)
         reached = old.mean + old.std * noise
         expected = new.log_prob(reached) - old.log_prob(reached)
-        got = log_ratio(mean_shift(v, v_old, new), noise, new, loss_type="grpo")
+        got = log_ratio(mean_shift(v, v_old, new.coefficient), noise, new.std, loss_type="grpo")
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
 
     @pytest.mark.parametrize("solver", ["flow", "dance"])
@@ -52,7 +52,7 @@ class TestLogRatio:
         reached = old.mean + old.std * noise
         bias = (new.mean - old.mean).square().flatten(1).mean(1) / (2 * new.std**2)
         expected = (new.log_prob(reached) - old.log_prob(reached) + bias) * new.std
-        got = log_ratio(mean_shift(v, v_old, new), noise, new, loss_type="grpo_guard")
+        got = log_ratio(mean_shift(v, v_old, new.coefficient), noise, new.std, loss_type="grpo_guard")
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-13)
 
     @pytest.mark.parametrize("loss_type", ["grpo", "grpo_guard"])
@@ -61,15 +61,15 @@ class TestLogRatio:
         v, _, noise, _, _ = two_policies()
         v = v.to(dtype)
         step = transition("flow", v, v, 0.79, 0.28, noise_level=0.7, sigma_max=0.96)
-        got = log_ratio(mean_shift(v, v.clone(), step), noise.float(), step, loss_type=loss_type)
+        got = log_ratio(mean_shift(v, v.clone(), step.coefficient), noise.float(), step.std, loss_type=loss_type)
         assert torch.equal(got, torch.zeros(3))
 
     def test_ratio_norm_has_no_bias_and_grpo_has(self):
         shift = 0.05 * draw(5, 4000, 64)
         step = transition("flow", shift, shift, 0.79, 0.28, noise_level=0.7, sigma_max=0.96)
         noise = draw(6, 4000, 64)
-        guard = log_ratio(shift, noise, step, loss_type="grpo_guard")
-        plain = log_ratio(shift, noise, step, loss_type="grpo")
+        guard = log_ratio(shift, noise, step.std, loss_type="grpo_guard")
+        plain = log_ratio(shift, noise, step.std, loss_type="grpo")
         assert abs(guard.mean()) < 4 * guard.std() / math.sqrt(4000)
         assert plain.mean() < -10 * plain.std() / math.sqrt(4000)
 
@@ -101,7 +101,7 @@ class TestSurrogate:
             v_old, noise = draw(1, 2, 4, 2, 2), draw(2, 2, 4, 2, 2)
             v = v_old.clone().requires_grad_()
             step = transition("flow", v, v, s, t, noise_level=0.7, sigma_max=SIGMAS[1])
-            log = log_ratio(mean_shift(v, v_old, step), noise, step, loss_type="grpo_guard")
+            log = log_ratio(mean_shift(v, v_old, step.coefficient), noise, step.std, loss_type="grpo_guard")
             loss = surrogate_loss(log, torch.tensor([1.0, -2.0]), 1e-6) * step_weight(
                 "flow", s, t, 0.7, loss_type="grpo_guard"
             )
@@ -119,7 +119,7 @@ class TestSurrogate:
 
     def test_reference_divergence(self):
         v, v_ref, _, new, ref = two_policies(s=0.79, t=0.28)
-        got = reference_divergence(mean_shift(v, v_ref, new), new, 0.79, 0.28)
+        got = reference_divergence(mean_shift(v, v_ref, new.coefficient), new.std, 0.79, 0.28)
         std_dev_t = 0.7 * math.sqrt(0.79 / (1 - 0.79))
         expected = (new.mean - ref.mean).square().flatten(1).mean(1) / (2 * std_dev_t**2)
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=0)

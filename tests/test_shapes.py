@@ -20,8 +20,8 @@ SHAPES = EXAMPLES / "shapes"
 sys.path.insert(0, str(EXAMPLES))
 
 from shapes.render import WEB, Recipe, make_dataset  # noqa: E402
-from shapes.rewards import REWARDS  # noqa: E402
-from shapes.world import TASKS, prompts, split_of  # noqa: E402
+from shapes.rewards import REWARDS, geneval_partial  # noqa: E402
+from shapes.world import COLOURS, TASKS, Counting, parse, prompts, split_of  # noqa: E402
 
 
 def to_tensor(pictures: np.ndarray) -> torch.Tensor:
@@ -41,6 +41,35 @@ def test_right_pictures_score_high_and_wrong_ones_low(task, at_least):
     assert np.mean(wrong) < (0.05 if task != "aesthetic" else at_least)
     blank = torch.full((4, 3, 32, 32), 0.9)
     assert np.mean(REWARDS[task](blank, captions[:4])) < 0.05
+
+
+def test_part_of_what_was_asked_for_is_part_of_the_score():
+    pictures, captions = make_dataset(300, Recipe(tasks={"geneval": 1.0}), seed=4)
+    pictures, subjects = to_tensor(pictures), [parse(caption) for caption in captions]
+    strict, partial = REWARDS["geneval"](pictures, captions), geneval_partial(pictures, captions)
+    assert [score == 1 for score in partial] == [score == 1 for score in strict] and np.mean(strict) > 0.97
+    for i, subject in enumerate(subjects):
+        if not strict[i]:
+            continue
+
+        def score(i=i, **changes):
+            changed = [str(subjects[i]._replace(**changes))]
+            assert REWARDS["geneval"](pictures[i : i + 1], changed) == [0.0]
+            return geneval_partial(pictures[i : i + 1], changed)[0]
+
+        colour = next(c for c in COLOURS if c not in (subject.colour, getattr(subject, "other_colour", None)))
+        if isinstance(subject, Counting):
+            assert score(colour=colour) == 0
+            if subject.count > 1:
+                assert score(count=subject.count - 1) == pytest.approx((subject.count - 1) / subject.count)
+        else:
+            assert score(colour=colour) == pytest.approx(1 / 3), "one thing of two, and hence no relation"
+            turned = subject._asdict()
+            names = ("colour", "shape", "other_colour", "other_shape")
+            values = (turned["other_colour"], turned["other_shape"], turned["colour"], turned["shape"])
+            assert score(**dict(zip(names, values, strict=True))) == pytest.approx(2 / 3), "only the relation is wrong"
+    blank = torch.full((1, 3, 32, 32), 0.9)
+    assert geneval_partial(blank, captions[:1]) == [0.0]
 
 
 def test_rewards_do_not_depend_on_the_batch():

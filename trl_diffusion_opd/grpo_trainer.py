@@ -21,7 +21,6 @@ from .loading import STUDENT
 from .policy_gradient import is_clipped, log_ratio, mean_shift, reference_divergence, step_weight, surrogate_loss
 from .reward_trainer import Experience, RewardTrainer
 from .rl_config import FlowGRPOConfig
-from .transitions import Transition
 
 
 _GUARD_PAPER = {
@@ -46,14 +45,15 @@ class VisitedStep:
     Args:
         sample (`torch.Tensor`), velocity (`torch.Tensor`), noise (`torch.Tensor`):
             State, velocity of the policy that took the step, and the noise that it drew; of shape `[B, C, H, W]`.
-        transition ([`Transition`]):
-            The step, of which `std` and `coefficient` are used.
+        std (`torch.Tensor`), coefficient (`torch.Tensor`):
+            Of its [`Transition`].
     """
 
     sample: torch.Tensor
     velocity: torch.Tensor
     noise: torch.Tensor
-    transition: Transition
+    std: torch.Tensor
+    coefficient: torch.Tensor
 
 
 class FlowGRPOTrainer(RewardTrainer):
@@ -143,7 +143,7 @@ class FlowGRPOTrainer(RewardTrainer):
 
     @property
     def kept_latents(self) -> int:
-        return 4 * (len(self.schedule) - self.args.skip_last_steps)  # the tensors of a `VisitedStep`, and its mean
+        return 3 * (len(self.schedule) - self.args.skip_last_steps)
 
     def takes(self, advantages: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
         """All but those of prompts whose pictures are equally good, which have no gradient."""
@@ -164,8 +164,9 @@ class FlowGRPOTrainer(RewardTrainer):
             generator=generators,
         ):
             if step.index < len(self.schedule) - self.args.skip_last_steps:
-                drawn = (step.next_sample - step.transition.mean) / step.transition.std
-                visited.append(VisitedStep(step.sample, step.velocity, drawn, step.transition))
+                std, coefficient = step.transition.std, step.transition.coefficient
+                drawn = (step.next_sample - step.transition.mean) / std
+                visited.append(VisitedStep(step.sample, step.velocity, drawn, std, coefficient))
         return step.next_sample, visited
 
     def learn(self, model: nn.Module, experience: Experience, share: float, last: bool) -> dict[str, torch.Tensor]:
@@ -182,19 +183,15 @@ class FlowGRPOTrainer(RewardTrainer):
             reduce = last and index == len(visited) - 1 and self.accelerator.sync_gradients
             with nullcontext() if reduce else self.accelerator.no_sync(model):
                 velocity = model(step.sample, timesteps[index], *text, args.guidance_scale)
-                ratio = log_ratio(
-                    mean_shift(velocity, step.velocity, step.transition),
-                    step.noise,
-                    step.transition,
-                    loss_type=args.loss_type,
-                )
+                shift = mean_shift(velocity, step.velocity, step.coefficient)
+                ratio = log_ratio(shift, step.noise, step.std, loss_type=args.loss_type)
                 weight = step_weight(
                     args.solver, sigmas[index], sigmas[index + 1], args.noise_level, loss_type=args.loss_type
                 )
                 loss = weight * surrogate_loss(ratio, advantage, args.epsilon)
                 if args.beta:
-                    shift = mean_shift(velocity, reference, step.transition)
-                    divergence = reference_divergence(shift, step.transition, sigmas[index], sigmas[index + 1])
+                    shift = mean_shift(velocity, reference, step.coefficient)
+                    divergence = reference_divergence(shift, step.std, sigmas[index], sigmas[index + 1])
                     loss = loss + args.beta * divergence
                     metrics["kl"].append(divergence.detach())
                 loss = torch.where(taken, loss, 0.0) / len(visited)

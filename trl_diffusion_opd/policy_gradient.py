@@ -4,7 +4,7 @@ The objectives of Flow-GRPO (https://huggingface.co/papers/2505.05470) and GRPO-
 (https://huggingface.co/papers/2510.22319) at one denoising step.
 
 The step's old and new policy are Gaussians with the same standard deviation `s` and means that differ by
-`dmu = C (v - v_old)` (see [`transitions`]), so everything follows from `dmu` and the noise `eps` that was drawn:
+`dmu = C (v - v_old)` (`std` and `coefficient` of a [`Transition`]), so everything follows from `dmu` and the noise `eps` that was drawn:
 `next_sample = mean_old + s eps`. Log-densities, which are large and cancel, are never formed. As published, they are
 means over the latent dimensions, not sums.
 """
@@ -13,13 +13,11 @@ import math
 
 import torch
 
-from .transitions import Transition
-
 
 LOSS_TYPES = ("grpo", "grpo_guard")
 
 
-def mean_shift(velocity: torch.Tensor, other_velocity: torch.Tensor, transition: Transition) -> torch.Tensor:
+def mean_shift(velocity: torch.Tensor, other_velocity: torch.Tensor, coefficient: torch.Tensor) -> torch.Tensor:
     """
     `mean - mean_other = C (v - v_other)` of two policies at the same state.
 
@@ -28,8 +26,8 @@ def mean_shift(velocity: torch.Tensor, other_velocity: torch.Tensor, transition:
             Of shape `[B, ...]`. Gradients flow to it.
         other_velocity (`torch.Tensor`):
             Of the same shape; treated as a constant.
-        transition ([`Transition`]):
-            The step, of which `coefficient` is used.
+        coefficient (`torch.Tensor`):
+            `C` of the step, a scalar.
 
     Returns:
         `torch.Tensor` of shape `[B, D]`, in float32 or float64.
@@ -37,10 +35,10 @@ def mean_shift(velocity: torch.Tensor, other_velocity: torch.Tensor, transition:
     # The difference is small: take it before anything is scaled, never in half precision.
     dtype = torch.promote_types(velocity.dtype, torch.float32)
     difference = velocity.to(dtype) - other_velocity.detach().to(dtype)
-    return transition.coefficient * difference.flatten(1)
+    return coefficient * difference.flatten(1)
 
 
-def log_ratio(shift: torch.Tensor, noise: torch.Tensor, transition: Transition, *, loss_type: str) -> torch.Tensor:
+def log_ratio(shift: torch.Tensor, noise: torch.Tensor, std: torch.Tensor, *, loss_type: str) -> torch.Tensor:
     """
     Logarithm of the ratio of new and old policy at the state that was reached.
 
@@ -53,8 +51,8 @@ def log_ratio(shift: torch.Tensor, noise: torch.Tensor, transition: Transition, 
             `dmu`, of shape `[B, D]`, from [`mean_shift`].
         noise (`torch.Tensor`):
             `eps`, of shape `[B, ...]`: the standard normal noise that the old policy's step drew.
-        transition ([`Transition`]):
-            The step, of which `std` is used.
+        std (`torch.Tensor`):
+            `s` of the step, a scalar.
         loss_type (`str`):
             `"grpo"` or `"grpo_guard"`.
 
@@ -64,7 +62,7 @@ def log_ratio(shift: torch.Tensor, noise: torch.Tensor, transition: Transition, 
     along = (shift * noise.flatten(1).to(shift.dtype)).mean(1)
     if loss_type == "grpo_guard":
         return along
-    return along / transition.std - shift.square().mean(1) / (2 * transition.std.square())
+    return along / std - shift.square().mean(1) / (2 * std.square())
 
 
 def surrogate_loss(log_ratio: torch.Tensor, advantage: torch.Tensor, clip_range: float) -> torch.Tensor:
@@ -106,20 +104,20 @@ def step_weight(solver: str, sigma: float, sigma_next: float, noise_level: float
     return factor / (sigma - sigma_next)
 
 
-def reference_divergence(shift: torch.Tensor, transition: Transition, sigma: float, sigma_next: float) -> torch.Tensor:
+def reference_divergence(shift: torch.Tensor, std: torch.Tensor, sigma: float, sigma_next: float) -> torch.Tensor:
     """
     Divergence from the reference policy, `mean(dmu^2) / (2 sigma_t^2)`, where `sigma_t = s / sqrt(-dt)` as published.
 
     Args:
         shift (`torch.Tensor`):
             From the reference's mean, of shape `[B, D]`, by [`mean_shift`].
-        transition ([`Transition`]):
-            The step, of which `std` is used.
+        std (`torch.Tensor`):
+            `s` of the step, a scalar.
         sigma (`float`), sigma_next (`float`):
             Its ends.
 
     Returns:
         `torch.Tensor` of shape `[B]`.
     """
-    variance_rate = transition.std.square() / (sigma - sigma_next)
+    variance_rate = std.square() / (sigma - sigma_next)
     return shift.square().mean(1) / (2 * variance_rate)

@@ -133,10 +133,11 @@ def _reference_table() -> Table:
 
 
 def _models_table(settings: dict[str, Any]) -> Table:
-    rows = [
-        [name, " + ".join(origin["name"] for origin in model["origins"]) or NOTHING, f"{model['guidance_scale']:g}"]
-        for name, model in settings["models"].items()
-    ]
+    def loras(model: dict[str, Any]) -> str:
+        names = " + ".join(origin["name"] for origin in model["origins"]) or NOTHING
+        return f"{model['weight']:.3g} ({names})" if "weight" in model else names
+
+    rows = [[name, loras(model), f"{model['guidance_scale']:g}"] for name, model in settings["models"].items()]
     note = (
         f"{settings['num_inference_steps']} steps of the first-order ODE, {settings['resolution']} px, "
         f"{settings['dtype']}, seed {settings['seed']}; base {settings['base']['origin']['name']}."
