@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import StableDiffusion3Pipeline
 from diffusers.training_utils import EMAModel
@@ -20,11 +21,10 @@ from tqdm import tqdm, trange
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from shapes.model import build_pipeline, load_pipeline  # noqa: E402
+from shapes.model import SHIFT, build_pipeline, load_pipeline  # noqa: E402
 from shapes.render import WEB, Recipe, make_dataset  # noqa: E402
 from shapes.rewards import REWARDS  # noqa: E402
 from shapes.sampling import PromptEmbeddings, decode, encode, format_scores, score  # noqa: E402
-from shapes.training import diffuse, to_images  # noqa: E402
 from shapes.world import TASKS, write_prompt_files  # noqa: E402
 
 
@@ -63,6 +63,24 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--num_eval", type=int, default=200, help="pictures a task to score the base with")
     return parser.parse_args()
+
+
+def to_images(pictures: np.ndarray) -> torch.Tensor:
+    """uint8 pictures, channels last, to floats in [0, 1], channels first."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+
+
+def sample_times(num_times: int) -> torch.Tensor:
+    """Logit-normal times, shifted towards noise as the sampler's are."""
+    times = torch.sigmoid(torch.randn(num_times))
+    return SHIFT * times / (1 + (SHIFT - 1) * times)
+
+
+def diffuse(clean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Noisy latents at random times, the velocities to predict there, and the timesteps."""
+    noise, times = torch.randn_like(clean), sample_times(len(clean))
+    mix = times[:, None, None, None]
+    return (1 - mix) * clean + mix * noise, noise - clean, 1000 * times
 
 
 def train_vae(pipe: StableDiffusion3Pipeline, images: torch.Tensor, num_steps: int, batch_size: int = 32) -> None:
