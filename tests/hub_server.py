@@ -208,10 +208,14 @@ class HubServer:
         return [(commit, repo.commits[commit]["message"]) for commit in repo.history(repo.resolve(revision))]
 
     def environment(self, home: Path, token: str | None = None) -> dict[str, str]:
-        """Returns the environment of a client process: this endpoint, its own cache at `home` and maybe a token."""
+        """
+        Returns the environment of a client process: this endpoint, its own cache at `home`, maybe a token, and one
+        thread as in the tests, since more would round differently.
+        """
         env = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING_FACE"))}
         env |= {"HF_ENDPOINT": self.endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home)}
         env |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        env["OMP_NUM_THREADS"] = "1"
         return env | ({"HF_TOKEN": token} if token else {})
 
     def take_fault(self, method: str, path: str) -> Fault | None:
