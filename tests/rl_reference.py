@@ -186,13 +186,16 @@ def train_nft(trainer, reward, num_steps, decay):
     """Trains in place of `trainer.train()`; `decay(n)` is that of the old policy after `n` steps."""
     trainer.prepare_prompts(0)
     named = dict(trainer.transformer.named_parameters())
-    for step in range(num_steps):
-        if step:
-            with torch.no_grad():
-                for name, old in named.items():
-                    if ".old." in name:
-                        old.copy_(decay(step) * old + (1 - decay(step)) * named[name.replace(".old.", ".default.")])
-        (batch,) = trainer.sampler.batches(step)
-        clean = nft_rollout(trainer, batch)
-        advantage = advantages(trainer, clean, [batch], reward)
-        descend(trainer, nft_loss(trainer, batch, clean, advantage).mean())
+    for first in range(0, num_steps, trainer.args.steps_per_rollout):
+        kept = decay(first) if first else 0.0
+        with torch.no_grad():
+            for name, old in named.items():
+                if ".old." in name:
+                    old.copy_(kept * old + (1 - kept) * named[name.replace(".old.", ".default.")])
+        steps = range(first, first + trainer.args.steps_per_rollout)
+        batches = [batch for step in steps for batch in trainer.sampler.batches(step)]
+        pictures = [nft_rollout(trainer, batch) for batch in batches]
+        all_advantages = advantages(trainer, torch.cat(pictures), batches, reward)
+        shares = all_advantages.split([len(batch.prompts) for batch in batches])
+        for batch, clean, advantage in zip(batches, pictures, shares, strict=True):
+            descend(trainer, nft_loss(trainer, batch, clean, advantage).mean())

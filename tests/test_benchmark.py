@@ -30,12 +30,14 @@ from trl_diffusion_opd.benchmark import suites
 from trl_diffusion_opd.benchmark.average import average, paper_table
 from trl_diffusion_opd.benchmark.card import benchmark_scores
 from trl_diffusion_opd.benchmark.contestants import choose_contestants
+from trl_diffusion_opd.benchmark.drawing import Painter
 from trl_diffusion_opd.benchmark.folder import ResultsFolder
 from trl_diffusion_opd.benchmark.report import write_report
 from trl_diffusion_opd.benchmark.run import evaluate
 from trl_diffusion_opd.benchmark.suites import choose_benchmarks, load_rows, picture_seed, positions
 from trl_diffusion_opd.card import render_card
 from trl_diffusion_opd.convert import convert_lora
+from trl_diffusion_opd.loading import check_pipeline
 from trl_diffusion_opd.lora_files import read_lora
 from trl_diffusion_opd.record import RunRecord
 from trl_diffusion_opd.rewards.geneval_prompts import geneval_prompts
@@ -347,6 +349,79 @@ def test_prompts_of_an_address_are_fetched_once(world, tmp_path):
         world.evaluate("fetched", **{**arguments, "prompts": {"words": address.replace("test", "train")}})
 
 
+def test_a_reward_whose_file_has_changed_is_another_one(world, tmp_path):
+    file = tmp_path / "rewards.py"
+    file.write_text(REWARDS)
+    arguments = {"loras": {}, "rewards": {None: [f"{file}:picky"]}}
+    summary = world.evaluate("judged", **arguments)
+    file.write_text(REWARDS.replace("0.25", "0.5"))
+    with pytest.raises(
+        ValueError, match=r"benchmarks: words: functions: picky was [0-9a-f]{8} and is [0-9a-f]{8} now"
+    ):
+        world.evaluate("judged", **arguments)
+    file.write_text(REWARDS)
+    assert world.evaluate("judged", **arguments) == summary
+
+
+def test_what_could_not_be_scored_is_scored_later(world, tmp_path):
+    """A judge that answers once and then fails for a while; its first score is kept."""
+    (tmp_path / "rewards.py").write_text(
+        "from pathlib import Path\n"
+        "def judge(images, prompts, **columns):\n"
+        "    up = Path(__file__).with_name('up').exists()\n"
+        "    with open(Path(__file__).with_name('asked'), 'a') as file:\n"
+        "        file.write(''.join(f'{prompt}\\n' for prompt in prompts))\n"
+        "    values = [1.0, float('-inf'), None, float('nan'), float('inf')]\n"
+        "    return [0.5] * len(prompts) if up else values\n"
+    )
+    arguments = {"loras": {}, "rewards": {None: [f"{tmp_path / 'rewards.py'}:judge"]}}
+    (result,) = world.evaluate("later", **arguments)["results"]
+    assert (result["mean"], result["num_scored"], result["num_failed"]) == (1.0, 1, 4)
+    assert "Infinity" not in (world.folder / "later" / "metadata.jsonl").read_text()
+    (tmp_path / "up").touch()
+    (result,) = world.evaluate("later", **arguments)["results"]
+    assert (result["mean"], result["num_scored"], result["num_failed"]) == (0.6, 5, 0)
+    world.evaluate("later", **arguments)
+    assert (tmp_path / "asked").read_text().splitlines() == [*PROMPTS, *PROMPTS[1:]]
+
+
+def test_metadata_that_is_not_genevals(world, tmp_path):
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "a cat", "metadata": "{\\"id\\": 3}"}\n')
+    prompts = {"mine": str(tmp_path / "mine.jsonl")}
+    summary = world.evaluate("metadata", loras={}, benchmarks=["mine"], prompts=prompts)
+    assert summary["results"][0]["num_scored"] == 1 and world.calls == [1]
+
+
+def test_one_reward_of_several_benchmarks_has_a_column_for_each(world):
+    for name in ("one", "two"):
+        (world.folder / f"{name}.txt").write_text(f"a {name}\n")
+    prompts = {name: str(world.folder / f"{name}.txt") for name in ("one", "two")}
+    rewards = world.reward("brightness")
+    choice = {"loras": {}, "benchmarks": ["one", "two"], "prompts": prompts, "rewards": rewards}
+    world.evaluate("columns", **choice)
+    table = (world.folder / "columns" / "table.md").read_text()
+    assert "## one\n\n| model | brightness |" in table and "## two\n\n| model | brightness |" in table
+    world.evaluate("shape_columns", model=BASE, num_images=2, max_sequence_length=10, **{
+        **choice, "benchmarks": ["shapes"], "prompts": None,
+    })  # fmt: skip
+    table = (world.folder / "shape_columns" / "table.md").read_text()
+    assert "| model | geneval: brightness | ocr: brightness | aesthetic: brightness |" in table
+    assert "geneval: brightness 2 (" in table and world.calls == [1, 1, 2, 2, 2]
+
+
+def test_a_large_base_draws_512_pixels_by_default(world, tmp_path):
+    pipe = StableDiffusion3Pipeline.from_pretrained(world.base)
+    large = type(pipe.transformer).from_config(
+        {**pipe.transformer.config, "sample_size": 512, "pos_embed_max_size": 128}
+    )
+    pipe.register_modules(transformer=large)
+    pipe.save_pretrained(tmp_path / "large")
+    options = {"num_inference_steps": 1, "device": torch.device("cpu"), "dtype": torch.float32}
+    for model, resolution in ((world.base, SIZE), (tmp_path / "large", 512)):
+        painter = Painter(model, check_pipeline(model), {}, resolution=None, max_sequence_length=LENGTH, **options)
+        assert (painter.resolution, painter.latent_shape) == (resolution, (4, resolution // 2, resolution // 2))
+
+
 def test_processes_that_would_not_find_each_other_are_refused(world, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="2 processes were started, but on a CPU .* only with `use_cpu`"):
@@ -640,6 +715,25 @@ def test_rows_of_the_table():
         ("merge_sum", 2.0, ("a", "b"), 1.0),
     ]
     assert [row.guidance_scale for row in choose_contestants(["a"], {"a": [1.0]})] == [4.5, 1.0]
+    rows = choose_contestants(["a", "b", "c"], {None: [1.0, 1.0]}, base=False, merge=["sum=a,c", "mean"])
+    assert [(row.name, row.loras, row.weight) for row in rows[3:]] == [
+        ("merge_sum", ("a", "c"), 1.0),
+        ("merge_mean", ("a", "b", "c"), pytest.approx(1 / 3)),
+    ]
+
+
+def test_an_option_that_comes_twice_is_one_longer_option(world):
+    (world.folder / "two.txt").write_text("a dog\n")
+    words = ["--lora", f"a={world.loras['student']}", "--lora", f"b={world.loras['other']}", "--benchmarks", "one"]
+    words += ["--benchmarks", "two", "--merge", "sum", "--merge", "mean=a,b", "--guidance_scale", "1", "--use_cpu"]
+    words += ["--guidance_scale", "base=2", "--rewards", *world.reward("brightness")[None], "--num_images", "1"]
+    for name in ("one", "two"):
+        words += ["--prompts", f"{name}={world.folder / 'two.txt'}"]
+    cli.main(["eval", "--model", str(world.base), "--output_dir", str(world.folder / "twice"), *map(str, words)])
+    settings = ResultsFolder(world.folder / "twice").load_settings()
+    assert list(settings["models"]) == ["base", "a", "b", "merge_sum", "merge_mean"]
+    assert list(settings["benchmarks"]) == ["one", "two"] and settings["models"]["base"]["guidance_scale"] == 2
+    assert sum(world.calls) == 10
 
 
 @pytest.mark.parametrize(
@@ -672,10 +766,19 @@ def test_rows_of_the_table():
         ("--model {base} --lora a/b={here}/x", "A LoRA cannot be called 'a/b'"),
         ("--model {base} --merge sum", "`--merge` adds LoRAs up and needs two or more of them"),
         ("--model {base} --merge ties", "`--merge` is one of sum, mean, or both, but not 'ties'"),
+        (
+            "--model {base} --lora a={txt} b={txt} --merge sum=a,c",
+            "`--merge sum=a,c` names 'c', but the LoRAs are a, b",
+        ),
+        ("--model {base} --lora a={txt} b={txt} --merge sum=a", "`--merge` adds LoRAs up and needs two or more of"),
+        ("--model {base} --lora a={txt} b={txt} --merge sum sum=a,b", "`--merge` has 'sum' twice"),
         ("--model {base} --no_base", "There is nothing to evaluate. Pass `--lora`, or leave out `--no_base`"),
         ("--model {base} --guidance_scale x=1", "`--guidance_scale` names 'x', but the models are base."),
         ("--model {base} --guidance_scale high", "`--guidance_scale high` must be numbers, or NAME=NUMBER"),
         ("--model {base} --reward_options ocr.x", "`--reward_options ocr.x` must be REWARD.OPTION=VALUE"),
+        ("--model {base} --reward_options ocr.x=[", "`--reward_options ocr.x=[`: '[' is no value in YAML"),
+        ("--model {base} --benchmarks index", "A benchmark cannot be called 'index'"),
+        ("--model {base} --benchmarks ../up", "A benchmark cannot be called '../up'"),
         ("--model {base} {ocr} --reward_options hpsv2.dtype=x", "names 'hpsv2', but the rewards are ocr."),
         ("--model {base} {ocr} --reward_options ocr.x=1", "`--reward_options` of 'ocr': "),
         ("--model {base} --num_images 0", "`--num_images` must be at least 1, but is 0"),

@@ -5,9 +5,11 @@ import dataclasses
 import inspect
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,7 @@ def ended(capsys, *argv):
 
 HELP = """
 import sys
+import time
 from trl_diffusion_opd.cli import COMMANDS, main
 for argv in (["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)):
     try:
@@ -222,9 +225,22 @@ def test_launching_inside_a_launch_is_refused(monkeypatch, capsys):
     assert code == 2 and "num_processes belong to `accelerate launch` itself" in error
 
 
-def test_only_the_first_process_says_what_is_wrong(monkeypatch, capsys):
+def test_what_is_wrong_in_another_process_only_is_said_once_the_first_would_have(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
-    assert ended(capsys, "train") == (2, "", "")
+    monkeypatch.setattr(cli, "SECONDS_TO_END_ALL", 0.2)
+    start = time.monotonic()
+    code, _, error = ended(capsys, "train")
+    assert code == 2 and error.startswith("error (process 1): ") and time.monotonic() - start > 0.2
+
+
+def test_several_processes_say_what_is_wrong_once(tmp_path):
+    (tmp_path / "bad.yaml").write_text("output_dir: out\nlearning_rates: 1\n")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--main_process_port", "0"]
+    command += ["--config_file", ROOT / "examples" / "accelerate_configs" / "cpu_2.yaml", "-m", "trl_diffusion_opd"]
+    command += ["train", "--config", tmp_path / "bad.yaml"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*map(str, command)], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0 and len(re.findall("^error", done.stderr, re.M)) == 1, done.stderr
 
 
 def test_a_reward_in_a_file_of_a_package_may_import_its_neighbours(tmp_path):

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rewards on CLIP, on tiny models: preprocessing, values against other implementations, loading."""
 
-import math
 import pickle
 
 import numpy as np
@@ -109,6 +108,16 @@ class TestPreprocessing:
         expected = CLIPImageProcessorPil()(images, return_tensors="pt")["pixel_values"]
         torch.testing.assert_close(clip_pixels(images), expected, rtol=0, atol=1e-6)
 
+    @pytest.mark.parametrize(("size", "corner"), [((32, 33), (0, 0)), ((35, 32), (2, 0)), ((32, 37), (0, 2))])
+    def test_a_crop_that_cannot_be_in_the_middle(self, size, corner):
+        """torchvision rounds half of a margin to the even number, transformers down: half of 3 is 2 or 1."""
+        images = pictures(1, *size)
+        (top, left), pixels = corner, to_uint8(images)[0].transpose(2, 0, 1) / 255
+        expected = normalized(pixels[:, top : top + 32, left : left + 32])
+        np.testing.assert_allclose(
+            clip_pixels(to_pil(images), 32, centre=round)[0].numpy(), expected, rtol=0, atol=1e-6
+        )
+
     @pytest.mark.parametrize("size", SIZES)
     def test_bilinear_equals_pil_on_floats(self, size):
         images = pictures(2, *size)
@@ -142,7 +151,7 @@ class TestValues:
         processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
         pixels = processor(to_pil(images), return_tensors="pt")["pixel_values"]
         image, text, scale = reference_features(folder, pixels, PROMPTS)
-        assert scale == pytest.approx(math.exp(4.0))
+        assert scale == pytest.approx(100)
         expected = scale * (image * text).sum(-1) / 26
         assert build("pickscore")(images, PROMPTS) == pytest.approx(expected.tolist(), abs=2e-5)
         assert expected.std() > 0.05  # the pictures and texts matter
@@ -253,9 +262,16 @@ class TestEveryOne:
         full, half = build(name)(images, PROMPTS), build(name, dtype="bfloat16")(images, PROMPTS)
         assert full != half and full == pytest.approx(half, abs=0.05 * max(map(abs, full)))
         moved = build(name, dtype=torch.bfloat16).load().to(dtype=torch.float32)
+        assert moved(images, PROMPTS) == full, "loaded anew: what was rounded stays rounded"
         assert {p.dtype for p in moved.models["clip"].parameters()} == {torch.float32}
         again = build(name).to(dtype="bfloat16")(images, PROMPTS)
         assert again == half
+
+    def test_half_precision_leaves_the_scale_as_it_is(self, build, name):
+        reward = build(name, dtype="bfloat16").load()
+        assert {p.dtype for p in reward.models["clip"].parameters()} == {torch.bfloat16}
+        expected = {"pickscore": 100, "clipscore": 1}.get(name)
+        assert reward.models.get("scale") == (expected and pytest.approx(expected, rel=1e-6))
 
     def test_a_missing_folder(self, build, name, tmp_path):
         with pytest.raises(SourceError, match=f"{name}: there is no .*missing"):

@@ -95,7 +95,7 @@ def test_settings_of_the_methods_out_of_range_are_refused(tmp_path, config, over
 
 
 def test_published_defaults_of_the_methods(tmp_path):
-    settings = {"output_dir": str(tmp_path), "use_cpu": True, "per_device_train_batch_size": 24}
+    settings = {"output_dir": str(tmp_path), "use_cpu": True}
     guard, grpo = FlowGRPOConfig(**settings), FlowGRPOConfig(loss_type="grpo", **settings)
     assert (guard.epsilon, guard.beta, grpo.epsilon, grpo.beta) == (2e-6, 0.0, 1e-4, 0.04)
     assert (guard.learning_rate, guard.scale_rewards) == (1e-4, "group")
@@ -110,6 +110,8 @@ def test_published_defaults_of_the_methods(tmp_path):
         1e-4,
     )
     assert (guard.num_generations, nft.num_generations, nft.advantage_clip) == (24, 24, 5.0)
+    assert guard.per_device_train_batch_size == nft.per_device_train_batch_size == 24, "pictures of whole prompts"
+    assert DiffusionNFTConfig(**settings, save_steps=0.1).save_steps == 0.1
     assert (guard.ema_decay, guard.ema_update_every, nft.ema_decay, nft.ema_update_every) == (0.9, 8, 0.9, 1)
 
 

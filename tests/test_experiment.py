@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from trl_diffusion_opd.benchmark import add_arguments
+from trl_diffusion_opd.benchmark.contestants import choose_contestants
 from trl_diffusion_opd.benchmark.options import parse_options
 from trl_diffusion_opd.recipe import parse_recipe
 from trl_diffusion_opd.script import METHODS
@@ -28,14 +29,13 @@ def test_every_job_is_a_command_that_its_parser_takes(tmp_path):
     jobs = jobs_of(tmp_path, seed=3, num_images=8)
     made = {}
     for name, job in jobs.items():
-        for command in job.commands:
-            assert command[1:3] == ["-m", "trl_diffusion_opd"]
-            method, *rest = command[3:]
-            if method == "eval":
-                continue
-            script, args, _ = parse_recipe(rest, (METHODS[method].arguments, METHODS[method].config))
-            made[name] = (method, script, args)
-            assert args.seed == 3 and args.output_dir == str(tmp_path / name)
+        assert job.command[1:3] == ["-m", "trl_diffusion_opd"]
+        method, *rest = job.command[3:]
+        if method == "eval":
+            continue
+        script, args, _ = parse_recipe(rest, (METHODS[method].arguments, METHODS[method].config))
+        made[name] = (method, script, args)
+        assert args.seed == 3 and args.output_dir == str(tmp_path / name)
     assert {name: method for name, (method, _, _) in made.items()} == {
         **{"shapes-teacher-geneval": "nft", "shapes-teacher-ocr": "grpo", "shapes-teacher-aesthetic": "grpo"},
         **{"opd": "train", "joint-grpo-guard": "grpo", "joint-nft": "nft"},
@@ -52,20 +52,21 @@ def test_every_job_is_a_command_that_its_parser_takes(tmp_path):
         (["ocr"], str(tmp_path / "cascade-nft-geneval")),
     ]
     for name, job in jobs.items():
-        used = [other for other in jobs if any(str(tmp_path / other) in " ".join(c) for c in job.commands)]
+        used = [other for other in jobs if str(tmp_path / other) in " ".join(job.command)]
         assert set(used) - {name} <= set(job.needs), "it runs after all whose folders it reads"
 
 
 def test_the_evaluation_has_every_row_of_the_table(tmp_path):
-    parser, rows = argparse.ArgumentParser(argument_default=argparse.SUPPRESS), []
+    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
     add_arguments(parser)
-    for command in jobs_of(tmp_path, seed=0, num_images=8)["evaluation"].commands:
-        options = parse_options(vars(parser.parse_args(command[4:])))
-        scales = options["guidance_scale"]
-        assert scales[None] == [1.0] and options["num_inference_steps"] == 10
-        rows += [f"base, guidance {scale:g}" for scale in scales.get("base", [])]
-        rows += [*options["loras"], *(f"merge_{merge}" for merge in options.get("merge") or [])]
-    assert sorted(rows) == sorted(ROWS)
+    command = jobs_of(tmp_path, seed=0, num_images=8)["evaluation"].command
+    options = parse_options(vars(parser.parse_args(command[4:])))
+    assert options["num_inference_steps"] == 10
+    rows = choose_contestants(list(options["loras"]), options["guidance_scale"], merge=options["merge"])
+    assert sorted(row.name for row in rows) == sorted(ROWS)
+    teachers = tuple(f"teacher-{task}" for task in TASKS)
+    assert [row.loras for row in rows if row.name.startswith("merge")] == [teachers, teachers]
+    assert {row.guidance_scale for row in rows if row.name != "base, guidance 3"} == {1.0}
     assert PARTS.keys() == {row for row in ROWS if not row.startswith("base")}
 
 
@@ -74,7 +75,7 @@ def test_jobs_run_after_what_they_need_and_only_once(tmp_path):
 
     def job(name, *needs):
         return Job(
-            (words(f"import os; open({str(log)!r}, 'a').write('{name} ' + os.environ['OMP_NUM_THREADS'])"),), needs
+            words(f"import os; open({str(log)!r}, 'a').write('{name} ' + os.environ['OMP_NUM_THREADS'])"), needs
         )
 
     jobs = {(tmp_path, "last"): job("c", "first", "second"), (tmp_path, "second"): job("b", "first")}
@@ -88,8 +89,8 @@ def test_jobs_run_after_what_they_need_and_only_once(tmp_path):
 
 def test_a_job_that_fails_ends_the_experiment(tmp_path):
     jobs = {
-        (tmp_path / "seed-1", "bad"): Job((words("print('why'); raise SystemExit(3)"),)),
-        (tmp_path / "seed-1", "after"): Job((words("print('never')"),), ("bad",)),
+        (tmp_path / "seed-1", "bad"): Job(words("print('why'); raise SystemExit(3)")),
+        (tmp_path / "seed-1", "after"): Job(words("print('never')"), ("bad",)),
     }
     with pytest.raises(SystemExit, match=r"seed-1: bad failed, see .*seed-1/bad.log"):
         run_all(jobs, 2)

@@ -22,7 +22,7 @@ from transformers.models.mask2former.image_processing_pil_mask2former import Mas
 
 from trl_diffusion_opd.rewards import check, load_reward, weighted_sum
 from trl_diffusion_opd.rewards.detector import IMAGENET_STD, detect, detector_pixels, detector_size, find_instances
-from trl_diffusion_opd.rewards.geneval import crop
+from trl_diffusion_opd.rewards.geneval import GenEvalReward, crop
 from trl_diffusion_opd.rewards.geneval_prompts import geneval_prompts, metadata_column
 from trl_diffusion_opd.rewards.geneval_rules import (
     CLASSES,
@@ -562,6 +562,36 @@ def test_check_asks_for_objects_and_colors(tiny, monkeypatch, tmp_path, sees):
     )
     cats, dog = map(float, line.score.split(", "))
     assert cats == 0 and (dog == 0) == (sees == "kites")
+
+
+@pytest.mark.parametrize("wrong", [None, "cats", "dog", "colors"])
+def test_check_passes_if_all_three_are_right(tiny, monkeypatch, tmp_path, wrong):
+    class Knowing(GenEvalReward):
+        def score(self, images, prompts, *, metadata):
+            return [0.4 if wrong == "cats" else 0.75, 0.5 if wrong == "dog" else 0.0]
+
+        def load_models(self):
+            names = ["red", "green", "blue", "pink" if wrong == "colors" else "yellow"]
+            return {**super().load_models(), "colors": lambda crops, words: names}
+
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (64, 48), "blue").save(photo)
+    monkeypatch.setattr(check, "CATS", photo.as_uri())
+    (line,) = check.check_rewards([Knowing(**tiny)])
+    assert line.status == ("ok" if wrong is None else "differs")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_dtype(tiny, images, dtype):
+    reward = load_reward("geneval", **tiny, dtype=dtype, strict=True).load()
+    for name in ("detector", "colors"):
+        assert {p.dtype for p in reward.models[name].parameters()} == {dtype}
+        assert not any(p.requires_grad for p in reward.models[name].parameters())
+    metadata = [demand("colors", count=1, color=color) for color in ("red", "green", "blue", "pink")]
+    scores = reward(images, [""] * 4, metadata=metadata)
+    assert set(scores) <= {0.0, 1.0} and reward.num_failed == 0
+    if dtype == torch.float64:
+        assert scores == load_reward("geneval", **tiny, strict=True)(images, [""] * 4, metadata=metadata)
 
 
 def test_columns_and_detectors_that_do_not_fit_are_told(tiny, images):

@@ -256,7 +256,7 @@ def test_reward_scores_pairs(folder, weights):
         tokens = [2, *(WORDS.index(word) for word in prompt.lower().split())][: MAX_TOKENS - 1] + [3]
         row[: len(tokens)] = torch.tensor(tokens)
     pictures = [Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()) for image in images]
-    expected = written_out(weights, clip_pixels(pictures, IMAGE), ids, (ids > 0).long())
+    expected = written_out(weights, clip_pixels(pictures, IMAGE, centre=round), ids, (ids > 0).long())
     assert scores == pytest.approx(expected.tolist(), abs=1e-4)
     assert max(scores) - min(scores) > 0.1
     assert [reward(images[i : i + 1], prompts[i : i + 1])[0] for i in range(3)] == pytest.approx(scores, abs=1e-5)
@@ -266,6 +266,18 @@ def test_reward_scores_pairs(folder, weights):
         tokenizer_name_or_path=folder / "bert",
         device="cpu",
     )(images, prompts) == pytest.approx(scores, abs=1e-5)
+
+
+def test_dtype(folder):
+    options = {"model_name_or_path": folder, "tokenizer_name_or_path": folder / "bert", "device": "cpu"}
+    images, prompts = torch.rand(3, 3, 20, 24, generator=torch.Generator().manual_seed(2)), ["a cat", "Dog", "the car"]
+    full = load_reward("imagereward", **options)(images, prompts)
+    half = load_reward("imagereward", **options, dtype="bfloat16")
+    scores = half(images, prompts)
+    assert {p.dtype for p in half.models["model"].parameters()} == {torch.bfloat16}
+    assert not any(p.requires_grad for p in half.models["model"].parameters())
+    assert scores != full and scores == pytest.approx(full, abs=0.1)
+    assert half.to(dtype="float32")(images, prompts) == full
 
 
 class Planted:

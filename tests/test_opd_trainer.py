@@ -298,7 +298,7 @@ def test_what_is_logged(tmp_path):
         ({"reward_funcs": {"count": "orc"}}, "There is no reward 'orc'. Did you mean 'ocr'"),
         ({"reward_funcs": {"count": 1}}, "must be callables"),
         ({"reward_funcs": {"count": len}}, "tasks that `eval_dataset` has no prompts for: \\['count'\\]"),
-        ({"prompt_cache_size": 3}, "`prompt_cache_size` is 3, but a round of this process has 4 prompts"),
+        ({"prompt_cache_size": 3}, "`prompt_cache_size` is 3, but this process needs 4 prompts at once"),
         ({"peft_config": small_lora(lora_dropout=0.1)}, "has `lora_dropout=0.1`.* Set `lora_dropout=0`"),
         ({"peft_config": small_lora(init_lora_weights="pissa")}, "the student: .* changes the base weights"),
         ({"peft_config": small_lora(bias="all")}, "the student: .* trains biases of the base model"),

@@ -11,9 +11,9 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from diffusers.callbacks import PipelineCallback, SD3CFGCutoffCallback
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 
-from trl_diffusion_opd import StableDiffusion3SDEPipeline, StableDiffusion3SDEPipelineOutput
+from trl_diffusion_opd import StableDiffusion3SDEPipeline, StableDiffusion3SDEPipelineOutput, pipeline
 from trl_diffusion_opd.transitions import SOLVERS
 
 from .tiny import random_lora, tiny_pipeline
@@ -215,7 +215,8 @@ def test_lora_scale_of_joint_attention_kwargs_is_heard(part, stock, ours, plain)
         config, state_dict = LoraConfig(r=4, target_modules=["q_proj", "v_proj"]), None
     model = copy.deepcopy(stock.components[part])
     with torch.random.fork_rng(devices=[]):
-        model.add_adapter(config)
+        # Not `add_adapter`: transformers 5.24 refuses the newest PEFT that there is, 0.21.2.
+        inject_adapter_in_model(config, model)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -558,6 +559,16 @@ def test_latent_output_decodes_nothing(ours, module_counts):
     with torch.no_grad():
         decoded = ours.decode_latents(output.images)
     assert torch.equal((decoded / 2 + 0.5).clamp(0, 1), images)
+
+
+def test_pictures_are_decoded_in_parts(ours, module_counts, monkeypatch):
+    latents = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole = ours.decode_latents(latents)
+        monkeypatch.setattr(pipeline, "PIXELS_AT_ONCE", 2 * 16 * 16)
+        parts = ours.decode_latents(latents)
+    assert module_counts["decoder"] == 1 + 3
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.5])

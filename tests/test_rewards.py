@@ -9,12 +9,13 @@ import sys
 import threading
 import time
 import weakref
+from importlib.util import find_spec
 
 import pytest
 import torch
 from torch import nn
 
-from trl_diffusion_opd.rewards import REWARDS, Reward, load_reward, weighted_sum
+from trl_diffusion_opd.rewards import REWARDS, Reward, base, check, load_reward, weighted_sum
 
 
 def pictures(count: int, height: int = 8, width: int = 8, seed: int = 0) -> torch.Tensor:
@@ -105,6 +106,19 @@ class TestRegistry:
             NeedsMuch()
         assert 'pip install "trl-diffusion-opd[rewards]"' in str(e.value)
 
+    @pytest.mark.parametrize(
+        ("name", "package"), [("ocr", "rapidocr"), ("ocr", "onnxruntime"), ("ocr", "rapidfuzz"), ("geneval", "scipy")]
+    )
+    def test_packages_of_the_rewards(self, name, package, monkeypatch, capsys):
+        for module in (base, check):
+            monkeypatch.setattr(module, "find_spec", lambda name: None if name == package else find_spec(name))
+        with pytest.raises(
+            ImportError, match=rf"`{name}` needs '{package}'.*pip install \"trl-diffusion-opd\[rewards\]"
+        ):
+            load_reward(name)
+        check.main([name])
+        assert capsys.readouterr().out.endswith(f"Not installed: ['{package}'].\n")
+
 
 class TestReward:
     def test_scores_in_batches_without_gradients_and_autocast(self):
@@ -172,8 +186,8 @@ class TestReward:
     def test_to_before_and_after_loading(self):
         reward = Brightness(device="cpu", dtype="bfloat16").load()
         assert reward.models["model"].weight.dtype == torch.bfloat16
-        reward.to(dtype=torch.float64)
-        assert reward.models["model"].weight.dtype == torch.float64 and reward.device.type == "cpu"
+        assert reward.to(dtype=torch.float64).models == {}, "rounded weights would stay rounded"
+        assert reward.load().models["model"].weight.dtype == torch.float64 and reward.device.type == "cpu"
         reward.to("meta")
         assert reward.models["model"].weight.is_meta and reward.dtype == torch.float64
         reward.free().to("cpu", "float16")
@@ -228,7 +242,8 @@ class TestWeightedSum:
         part = total.rewards["brightness"]
         total.load()
         assert part.loads == 1
-        assert total.to(dtype="float64").rewards["brightness"].models["model"].weight.dtype == torch.float64
+        assert total.to(dtype="float64").load() is total and part.loads == 2
+        assert part.models["model"].weight.dtype == torch.float64
         assert total.free() is total and part.models == {}
 
     def test_by_name(self):

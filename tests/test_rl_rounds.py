@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from datasets import IterableDataset
 
 from .rl_runs import Forwards, brightness, logs, make_trainer, prepare, redness, run_round
 from .runs import PROMPTS
@@ -89,6 +90,8 @@ class TestGroups:
         for name, gradient in run_round(trainer, 2).items():
             torch.testing.assert_close(gradient, whole[name], rtol=1e-4, atol=1e-9)
         assert len(trainer.prompts._embeddings) <= 5
+        with pytest.raises(ValueError, match="`prompt_cache_size` is 3, but this process needs 4 prompts at once"):
+            make_trainer("grpo", tmp_path, num_generations=2, steps_per_rollout=2, prompt_cache_size=3)
 
 
 class TestAdvantages:
@@ -118,7 +121,7 @@ class TestAdvantages:
 
     @pytest.mark.parametrize("method", ["grpo", "nft"])
     def test_what_is_not_learnt_from_has_no_influence(self, tmp_path, method):
-        """Failed scores, and for GRPO pictures as good as the mean: their trajectories may be anything."""
+        """Failed scores, and for GRPO pictures as good as the mean: their trajectories may be anything, also NaN."""
         scores = [0.0, 1.0, math.nan, None, 0.5, math.inf] if method == "grpo" else [0, 1, math.nan, None, 0, math.inf]
         settings = {"rewards": given(*scores), "per_device_train_batch_size": 6, "num_generations": 6}
         gradients = run_round(make_trainer(method, tmp_path, **settings))
@@ -127,9 +130,10 @@ class TestAdvantages:
 
         def spoil(model, experience, share, last):
             assert experience.taken.tolist() == [True, True, False, False, method == "nft", False]
-            kept = [experience.trajectory] if method == "nft" else [s.sample for s in experience.trajectory]
-            for tensor in kept:
-                tensor[~experience.taken] = 3.0
+            steps = [] if method == "nft" else experience.trajectory
+            kept = [tensor for step in steps for tensor in (step.sample, step.velocity, step.noise)]
+            for tensor in kept or [experience.trajectory]:
+                tensor[~experience.taken] = math.nan
             return learn(model, experience, share, last)
 
         trainer.learn = spoil
@@ -212,6 +216,56 @@ class TestRewards:
         assert metrics["eval_reward/plain+later"] == pytest.approx((3 + 1 + 1) / 3), "weighted there too"
         assert metrics["eval_reward_failures/plain+later"] == 1 and graded == [False] * 3
 
+    def test_a_client_that_is_kept_stays_in_its_event_loop(self, tmp_path):
+        loops = []
+
+        async def remote(images, prompts, **columns):
+            loops.append(asyncio.get_running_loop())
+            assert loops[-1] is loops[0] and not torch.is_grad_enabled()
+            return brightness(images, prompts)
+
+        trainer = make_trainer(
+            "grpo", tmp_path, rewards=remote, gradient_accumulation_steps=3, reward_workers=2, eval_dataset=["a", "b"]
+        )
+        trainer.train()
+        trainer.evaluate()
+        assert len(loops) > 6 and loops[0].is_running()
+
+    def test_what_is_no_list_of_scores_is_named(self, tmp_path):
+        trainer = make_trainer("grpo", tmp_path, rewards=lambda images, prompts, **columns: None)
+        with pytest.raises(TypeError, match="'<lambda>' of task '<lambda>' returned NoneType"):
+            trainer.train()
+
+    @pytest.mark.parametrize("rows", [0, 1], ids=["first", "last"])
+    def test_columns_of_a_stream_whose_rows_differ(self, tmp_path, rows):
+        seen = []
+
+        def reward(images, prompts, **columns):
+            seen.extend(columns["mark"])
+            return brightness(images, prompts)
+
+        lines = [{"prompt": "a cat"}, {"prompt": "a dog"}]
+        lines[rows]["mark"] = "here"
+        stream = IterableDataset.from_generator(lambda: iter(lines))
+        trainer = make_trainer("grpo", tmp_path, rewards=reward, data=stream, num_generations=2, max_steps=1)
+        trainer.train()
+        assert seen == [line.get("mark") for line in lines for _ in range(2)]
+
+    def test_infinite_scores_are_failures_at_evaluation_too(self, tmp_path):
+        trainer = make_trainer("grpo", tmp_path, rewards=given([0.25, math.inf, 0.75, 0.5]))
+        metrics = trainer.evaluate(PROMPTS["count"][:4])
+        assert metrics["eval_reward/given_scores"] == 0.5 and metrics["eval_reward_failures/given_scores"] == 1
+
+    def test_evaluating_on_every_form_of_prompts_that_the_trainer_takes(self, tmp_path):
+        (tmp_path / "words.txt").write_text("\n".join(PROMPTS["count"]))
+        trainer = make_trainer("grpo", tmp_path)
+        words = str(tmp_path / "words.txt")
+        scores = [
+            trainer.evaluate(form)["eval_reward/brightness"]
+            for form in (PROMPTS["count"], words, {"path": words}, {"brightness": words})
+        ]
+        assert len(set(scores)) == 1
+
     def test_a_reward_by_name(self, tmp_path):
         trainer = make_trainer(
             "nft", tmp_path, rewards=["ocr", brightness], data=['a sign that says "hello"', "a cat"]
@@ -268,6 +322,13 @@ class TestRewards:
             ),
             ({"rewards": {"count": brightness}}, r"`train_dataset` names unknown tasks \['scene'\]"),
             ({"rewards": [3]}, "must be callables"),
+            ({"rewards": []}, "is empty"),
+            ({"torch_compile": True}, "`torch_compile` is not supported: pictures are drawn by the model as it is"),
+            ({"reward_weights": [math.nan]}, "`reward_weights` must be a list of finite numbers"),
+            (
+                {"steps_per_rollout": 2, "save_strategy": "epoch"},
+                "`save_strategy='epoch'` would save in the middle of a rollout",
+            ),
         ],
     )
     def test_what_cannot_be_is_refused_before_the_base_is_loaded(self, tmp_path, settings, message, monkeypatch):

@@ -101,7 +101,7 @@ class TestGRPO:
 class TestNFT:
     @pytest.mark.parametrize("nft_beta", [1.0, 0.1])
     def test_steps_against_the_formulas_in_float64(self, tmp_path, nft_beta):
-        """Three rollouts, whose old policies are means of the older one and the student."""
+        """Two rollouts of two steps; the first draws as the student, the second by a mean of the older policy and it."""
 
         def make(folder):
             trainer = make_trainer(
@@ -111,17 +111,19 @@ class TestNFT:
                 kl_coef=0.5,
                 solver="dpm1",  # Euler steps
                 old_policy_schedule=1,
-                max_steps=3,
+                steps_per_rollout=2,
+                num_generations=2,
+                max_steps=4,
                 **PLAIN,
             )
             perturb(in_float64(trainer))
-            perturb(trainer, 0.04, "old")
             return trainer
 
         trainer, reference = make("a"), make("b")
         before = student_and_old(trainer)
+        perturb(trainer, 0.04, "old")  # as an earlier run may have left it
         trainer.train()
-        train_nft(reference, brightness, 3, lambda n: 0.001 * n)
+        train_nft(reference, brightness, 4, lambda n: 0.001 * n)
         assert_moved_alike(trainer, reference, before)
 
     def test_old_policies_by_hand(self, tmp_path):
@@ -131,7 +133,7 @@ class TestNFT:
             perturb(trainer, 0.1, "old")
             before = student_and_old(trainer)
             trainer.args.old_policy_schedule, trainer.state.global_step = schedule, step
-            trainer.rollout_finished()
+            trainer.prepare_rollout()
             for name, tensor in student_and_old(trainer).items():
                 student = before[name.replace(".old.", ".default.")]
                 expected = kept * before[name] + (1 - kept) * student if ".old." in name else before[name]
@@ -147,7 +149,7 @@ class TestNFT:
             first, kept = trainer.draw(batch)
             perturb(trainer)
             assert trainer.draw(batch)[0].equal(first) and kept is first
-            trainer.rollout_finished()
+            trainer.prepare_rollout()
             assert not trainer.draw(batch)[0].allclose(first, atol=1e-3)
 
     def test_a_new_run_draws_as_its_student(self, tmp_path):

@@ -285,9 +285,10 @@ def judge(tmp_path_factory):
     return folder
 
 
-def test_a_model_that_runs_here(judge):
+@pytest.mark.parametrize("dtype", ["float32", None], ids=["float32", "default"])
+def test_a_model_that_runs_here(judge, dtype):
     reward = load_reward(
-        "unifiedreward", model_name_or_path=judge, device="cpu", dtype="float32", max_new_tokens=1, batch_size=4
+        "unifiedreward", model_name_or_path=judge, device="cpu", dtype=dtype, max_new_tokens=1, batch_size=4
     ).load()
     model = reward.models["model"]
     images = torch.stack([torch.zeros(3, 8, 8), torch.ones(3, 8, 8), pictures(1)[0]])

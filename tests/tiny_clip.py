@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiny but real CLIP models with tokenizers, saved to folders as `from_pretrained` reads them."""
 
+import math
 from collections import OrderedDict
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def save_clip(folder: Path, seed: int = 0, hidden_act: str = "gelu") -> Path:
                 nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
             elif name != "logit_scale":
                 nn.init.normal_(parameter, mean=float("norm.weight" in name), std=0.2)
-        nn.init.constant_(model.logit_scale, 4.0)
+        nn.init.constant_(model.logit_scale, math.log(100))  # as published; bfloat16 cannot hold it
     model.save_pretrained(folder)
     return save_tokenizer(folder)
 

@@ -71,6 +71,8 @@ class DiffusionTrainer(LoraTrainer):
     backbone) and `rollout_metrics` (what an evaluation measures along the way).
     """
 
+    num_kept_policies = 0  # LoRAs in a checkpoint beside the student and its average
+
     reward_weights: list[float] | None = None
 
     def __init__(
@@ -181,11 +183,10 @@ class DiffusionTrainer(LoraTrainer):
         self.eval_prompts = self._prompt_encoder()
         self.grid_prompts = self._prompt_encoder()
         self._distinct_prompts = self.sampler.distinct_prompts(at_most=args.prompt_cache_size)
-        prompts_per_round = self.sampler.prompts_per_round // num_generations
-        if self._distinct_prompts is None and prompts_per_round > args.prompt_cache_size:
+        if self._distinct_prompts is None and (number := self.prompts_at_once()) > args.prompt_cache_size:
             raise ValueError(
-                f"`prompt_cache_size` is {args.prompt_cache_size}, but a round of this process has "
-                f"{prompts_per_round} prompts. Raise it to that at least."
+                f"`prompt_cache_size` is {args.prompt_cache_size}, but this process needs {number} prompts at once. Raise "
+                "it to that at least."
             )
         self._metrics: dict[str, list[float]] = defaultdict(list)
         self._round_seconds = self._round_images = self._peak_memory = 0
@@ -200,6 +201,10 @@ class DiffusionTrainer(LoraTrainer):
         if idle := sorted(set(self.reward_funcs) - set(self.eval_datasets)):
             raise ValueError(f"`reward_funcs` has tasks that `eval_dataset` has no prompts for: {idle}. Add some.")
         check_columns(self.reward_funcs, self.eval_datasets, "eval_dataset")
+
+    def prompts_at_once(self) -> int:
+        """How many prompts this process needs the embeddings of at the same time: those of a round."""
+        return self.sampler.prompts_per_round
 
     def fetch_models(self) -> None:
         """Makes sure that the method's other models are on this machine, before the large base is fetched."""

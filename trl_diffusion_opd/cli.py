@@ -5,6 +5,7 @@ import argparse
 import os
 import re
 import sys
+import time
 from pathlib import Path
 from typing import NoReturn
 
@@ -13,6 +14,8 @@ from .commands import COMMANDS, TOKEN, TRAININGS
 
 
 PROG = "trl-diffusion-opd"
+# After one process has failed, the launcher ends the others within this time.
+SECONDS_TO_END_ALL = 3
 
 # Options of `accelerate launch` that the trainings take too.
 LAUNCH_OPTIONS = {
@@ -39,9 +42,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def fail(error: str | Exception, exit_code: int = 2) -> NoReturn:
-    """Ends the process with `error: ...` in one line, which only the first of several processes prints."""
-    if os.environ.get("RANK", "0") == "0":
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+    """
+    Ends the process with `error: ...` in one line. Of several processes the first prints it; another one only if the
+    first did not fail too, in which case the launcher ends it before.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    if rank:
+        time.sleep(SECONDS_TO_END_ALL)
+    sys.stderr.write(f"error{f' (process {rank})' if rank else ''}: {' '.join(str(error).split())}\n")
     raise SystemExit(exit_code)
 
 

@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 
 
 def checkpoint_bytes(trainer: "DiffusionTrainer") -> int:
-    """Size of a checkpoint: weights, their average, two moments of AdamW."""
+    """Size of a checkpoint: weights, their average, two moments of AdamW, and what else the method keeps."""
     count = sum(parameter.numel() for parameter in trainer.transformer.parameters() if parameter.requires_grad)
-    return 4 * count * (4 if trainer.ema is not None else 3)
+    return 4 * count * ((4 if trainer.ema is not None else 3) + trainer.num_kept_policies)
 
 
 def check_disk(trainer: "DiffusionTrainer") -> None:

@@ -6,7 +6,7 @@ import inspect
 import math
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from threading import Lock, Thread
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,6 +40,8 @@ def normalize_reward_funcs(
         if task not in tasks:
             raise ValueError(f"`reward_funcs` names the unknown task {task!r}. The tasks are {tasks}.")
         funcs = list(funcs) if isinstance(funcs, (list, tuple)) else [funcs]
+        if not funcs:
+            raise ValueError(f"`reward_funcs[{task!r}]` is empty. Pass at least one function or the name of a reward.")
         normalized[task] = [load_reward(func) if isinstance(func, str) else func for func in funcs]
         for func in normalized[task]:
             if not callable(func):
@@ -191,8 +193,8 @@ def reward_columns(
     where one failed.
     """
     extra: dict[str, list[Any]] = {
-        name: [row[name] for row in batch.rows]
-        for name in batch.rows[0]
+        name: [row.get(name) for row in batch.rows]  # rows of a stream need not have the same columns
+        for name in dict.fromkeys(name for row in batch.rows for name in row)
         if name not in ("prompt", "prompts", "images")
     }
     columns = {}
@@ -200,8 +202,12 @@ def reward_columns(
         name = reward_name(func)
         values = func(images, batch.prompts, **extra)
         if inspect.isawaitable(values):
-            with ThreadPoolExecutor(1) as executor:  # a notebook's own thread has an event loop already
-                values = executor.submit(asyncio.run, _awaited(values)).result()
+            values = asyncio.run_coroutine_threadsafe(_awaited(values), _event_loop()).result()
+        if not hasattr(values, "__len__"):
+            raise TypeError(
+                f"The reward function {name!r} of task {batch.task!r} returned {type(values).__name__}. It must return a "
+                "list with one number per image."
+            )
         if len(values) != len(images):
             raise ValueError(
                 f"The reward function {name!r} of task {batch.task!r} returned {len(values)} scores for {len(images)} "
@@ -220,8 +226,31 @@ def reward_name(func: RewardFunc) -> str:
 
 
 async def _awaited(scores: Awaitable[list[float]]) -> list[float]:
-    with torch.no_grad():
-        return await scores
+    return await scores
+
+
+_loops: list[asyncio.AbstractEventLoop] = []
+_loops_lock = Lock()
+
+
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """
+    The event loop of all async rewards, in a thread of its own: clients with open connections belong to one loop for
+    life, and the thread of a notebook has another one. It works without gradients, on the device of who asks first.
+    """
+
+    def serve(loop: asyncio.AbstractEventLoop, device: int | None) -> None:
+        if device is not None:
+            torch.accelerator.set_device_index(device)
+        with torch.no_grad():
+            loop.run_forever()
+
+    with _loops_lock:
+        if not _loops:
+            device = torch.accelerator.current_device_index() if torch.accelerator.is_available() else None
+            _loops.append(asyncio.new_event_loop())
+            Thread(target=serve, args=(_loops[0], device), name="async rewards", daemon=True).start()
+        return _loops[0]
 
 
 def _means(records: list[dict[str, float]]) -> dict[str, float]:
@@ -231,7 +260,7 @@ def _means(records: list[dict[str, float]]) -> dict[str, float]:
             values[name].append(value)
     means = {}
     for name, column in values.items():
-        valid = [value for value in column if not math.isnan(value)]
+        valid = [value for value in column if math.isfinite(value)]
         means[name] = sum(valid) / len(valid) if valid else math.nan
         if name == "reward" and len(valid) < len(column):
             means["reward_failures"] = float(len(column) - len(valid))

@@ -19,7 +19,7 @@ from .denoising import denoise
 from .evaluation import RewardFunc
 from .loading import STUDENT
 from .policy_gradient import is_clipped, log_ratio, mean_shift, reference_divergence, step_weight, surrogate_loss
-from .reward_trainer import Experience, RewardTrainer
+from .reward_trainer import Experience, RewardTrainer, without
 from .rl_config import FlowGRPOConfig
 
 
@@ -72,7 +72,7 @@ class FlowGRPOTrainer(RewardTrainer):
     trainer = FlowGRPOTrainer(
         model="stabilityai/stable-diffusion-3.5-medium",
         reward_funcs="ocr",
-        args=FlowGRPOConfig(output_dir="sd35m-ocr", max_steps=1000),
+        args=FlowGRPOConfig(output_dir="sd35m-ocr", max_steps=1000, gradient_accumulation_steps=24, fp16=True),
         train_dataset="ocr_prompts.txt",
     )
     trainer.train()
@@ -178,13 +178,14 @@ class FlowGRPOTrainer(RewardTrainer):
         base = Policy("base", args.guidance_scale)
         metrics = {"loss": [], "clip_ratio": [], "log_ratio": [], **({"kl": []} if args.beta else {})}
         for index, step in enumerate(visited):
+            sample, old, noise = (without(~taken, kept) for kept in (step.sample, step.velocity, step.noise))
             if args.beta:  # before the student's forward: between that and its backward no adapter may be switched
-                reference = self.policy_velocity(base, step.sample, timesteps[index], text)
+                reference = self.policy_velocity(base, sample, timesteps[index], text)
             reduce = last and index == len(visited) - 1 and self.accelerator.sync_gradients
             with nullcontext() if reduce else self.accelerator.no_sync(model):
-                velocity = model(step.sample, timesteps[index], *text, args.guidance_scale)
-                shift = mean_shift(velocity, step.velocity, step.coefficient)
-                ratio = log_ratio(shift, step.noise, step.std, loss_type=args.loss_type)
+                velocity = model(sample, timesteps[index], *text, args.guidance_scale)
+                shift = mean_shift(velocity, old, step.coefficient)
+                ratio = log_ratio(shift, noise, step.std, loss_type=args.loss_type)
                 weight = step_weight(
                     args.solver, sigmas[index], sigmas[index + 1], args.noise_level, loss_type=args.loss_type
                 )

@@ -21,7 +21,7 @@ from .forward_process import nft_losses, noised, old_policy_decay, optimality_pr
 from .loading import STUDENT
 from .lora import add_lora, load_lora_into, lora_state_dict, save_lora
 from .lora_files import LoraWeights
-from .reward_trainer import Experience, RewardTrainer
+from .reward_trainer import Experience, RewardTrainer, without
 from .rl_config import DiffusionNFTConfig
 
 
@@ -45,7 +45,7 @@ class DiffusionNFTTrainer(RewardTrainer):
     trainer = DiffusionNFTTrainer(
         model="stabilityai/stable-diffusion-3.5-medium",
         reward_funcs="geneval",
-        args=DiffusionNFTConfig(output_dir="sd35m-geneval", max_steps=1000),
+        args=DiffusionNFTConfig(output_dir="sd35m-geneval", max_steps=1000, gradient_accumulation_steps=48, fp16=True),
         train_dataset="geneval_prompts.jsonl",
     )
     trainer.train()
@@ -102,6 +102,7 @@ class DiffusionNFTTrainer(RewardTrainer):
         return f"DiffusionNFT, beta {self.args.nft_beta:g}, old policy by schedule {self.args.old_policy_schedule}"
 
     kept_latents = 1
+    num_kept_policies = 1
 
     def draw(self, batch: TaskBatch) -> tuple[torch.Tensor, torch.Tensor]:
         text = self.prompts.conditioning(batch.prompts).batch(self.args.guidance_scale)
@@ -119,7 +120,7 @@ class DiffusionNFTTrainer(RewardTrainer):
         return clean, clean
 
     def learn(self, model: nn.Module, experience: Experience, share: float, last: bool) -> dict[str, torch.Tensor]:
-        args, clean = self.args, experience.trajectory
+        args, clean = self.args, without(~experience.taken, experience.trajectory)
         text = self.prompts.conditioning(experience.batch.prompts).batch(args.guidance_scale)
         probability = optimality_probability(experience.advantages, args.advantage_clip)
         # Every picture visits the noise levels in an order of its own, with fresh noise at each.
@@ -149,8 +150,8 @@ class DiffusionNFTTrainer(RewardTrainer):
         return {"loss": torch.stack(metrics["loss"]).sum(0), "kl": torch.stack(metrics["kl"]).mean(0)}
 
     @torch.no_grad()
-    def rollout_finished(self) -> None:
-        """`old <- d old + (1 - d) student`."""
+    def prepare_rollout(self) -> None:
+        """`old <- d old + (1 - d) student`. Before the first step of a run `d` is 0."""
         decay = old_policy_decay(self.args.old_policy_schedule, self.state.global_step)
         student = lora_state_dict(self.transformer, STUDENT)
         for name, old in lora_state_dict(self.transformer, OLD).items():

@@ -15,6 +15,10 @@ from .transitions import check_solver
 from .velocity import Conditioning, apply_guidance, predict
 
 
+# Four pictures of 512 x 512. The VAE of Stable Diffusion 3 takes 0.8 GB for each while it decodes, in float32.
+PIXELS_AT_ONCE = 4 * 512 * 512
+
+
 class StableDiffusion3SDEPipeline(StableDiffusion3Pipeline):
     """
     [`~diffusers.StableDiffusion3Pipeline`] whose steps are Gaussian transitions.
@@ -230,6 +234,10 @@ class StableDiffusion3SDEPipeline(StableDiffusion3Pipeline):
         return embeds, pooled, negative_embeds, negative_pooled
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """Decodes latents of shape `[B, C, H, W]` to images in `[-1, 1]`, of shape `[B, 3, H', W']`."""
-        latents = latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
-        return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+        """
+        Decodes latents of shape `[B, C, H, W]` to images in `[-1, 1]`, of shape `[B, 3, H', W']`, so many at once as have
+        `PIXELS_AT_ONCE`.
+        """
+        latents = (latents / self.vae.config.scaling_factor + self.vae.config.shift_factor).to(self.vae.dtype)
+        number = max(1, PIXELS_AT_ONCE // (latents.shape[-1] * latents.shape[-2] * self.vae_scale_factor**2))
+        return torch.cat([self.vae.decode(part, return_dict=False)[0] for part in latents.split(number)])

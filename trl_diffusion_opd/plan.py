@@ -9,6 +9,7 @@ from torch import nn
 
 from .data import Prompts, num_prompts
 from .disk import checkpoint_bytes, format_bytes
+from .pipeline import PIXELS_AT_ONCE
 from .rewards import Reward
 from .sources import Origin
 
@@ -56,7 +57,8 @@ def describe_plan(trainer: "DiffusionTrainer") -> str:
     encoding = estimate["models"] + _bytes(*_text_encoders(trainer))
     judges = any(isinstance(reward, Reward) for funcs in trainer.reward_funcs.values() for reward in funcs)
     start = trainer.adapter_origin
-    peak = max(sum(estimate.values()), encoding)
+    decoding = sum(estimate.values()) - estimate["activations"] + _decoding_bytes(trainer)
+    peak = max(sum(estimate.values()), encoding, decoding)
     lines = [
         f"base       {format_origin(trainer.base_origin)}, {width * factor}x{height * factor} px",
         f"student    LoRA of rank {rank}, {_count(_trainable(trainer)):,} parameters, guidance {args.guidance_scale:g}"
@@ -77,7 +79,7 @@ def describe_plan(trainer: "DiffusionTrainer") -> str:
         + (f"; {per_epoch:,} rounds see every prompt once" if per_epoch else ""),
         f"memory     about {format_bytes(peak)} per process; during rounds: "
         + ", ".join(f"{name} {format_bytes(size)}" for name, size in estimate.items())
-        + f"; while prompts are encoded: {format_bytes(encoding)}"
+        + f"; while prompts are encoded: {format_bytes(encoding)}, while pictures are decoded: {format_bytes(decoding)}"
         + ("; without the models of the rewards" if judges else ""),
         f"disk       {format_bytes(checkpoint_bytes(trainer))} per checkpoint in {args.output_dir}",
     ]
@@ -116,6 +118,14 @@ def memory_estimate(trainer: "DiffusionTrainer") -> dict[str, int]:
         "text encoders": 0 if args.offload_text_encoders else _bytes(*_text_encoders(trainer)),
         "activations": hidden * kept,
     }
+
+
+def _decoding_bytes(trainer: "DiffusionTrainer") -> int:
+    """The VAE in float32, and three hidden states of its second level at the full size, which is its peak."""
+    vae, (_, height, width) = trainer.pipeline.vae, trainer.latent_shape
+    pixels = height * width * trainer.pipeline.vae_scale_factor**2
+    number = min(trainer.args.per_device_train_batch_size, max(1, PIXELS_AT_ONCE // pixels))
+    return _bytes(vae) + 3 * 4 * number * pixels * max(vae.config.block_out_channels[:2])
 
 
 def _trainable(trainer: "DiffusionTrainer") -> list[nn.Parameter]:

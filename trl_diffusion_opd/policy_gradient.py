@@ -106,7 +106,7 @@ def step_weight(solver: str, sigma: float, sigma_next: float, noise_level: float
 
 def reference_divergence(shift: torch.Tensor, std: torch.Tensor, sigma: float, sigma_next: float) -> torch.Tensor:
     """
-    Divergence from the reference policy, `mean(dmu^2) / (2 sigma_t^2)`, where `sigma_t = s / sqrt(-dt)` as published.
+    Divergence from the reference policy, `mean(dmu^2) / (2 sigma_t^2)`, where `sigma_t = s / sqrt(-dt)`, as published for the solver `"flow"`; here for all.
 
     Args:
         shift (`torch.Tensor`):

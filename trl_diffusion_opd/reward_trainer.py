@@ -62,6 +62,8 @@ class RewardTrainer(DiffusionTrainer):
     words, and `kept_latents`, how many tensors of the size of its latents are kept of a picture.
     """
 
+    _only_task: str | None = None
+
     def __init__(
         self,
         model: str | Path | StableDiffusion3Pipeline,
@@ -82,6 +84,7 @@ class RewardTrainer(DiffusionTrainer):
             name = "+".join(func if isinstance(func, str) else reward_name(func) for func in funcs)
             reward_funcs, train_dataset = {name: funcs}, {name: train_dataset}
             eval_dataset = None if eval_dataset is None else {name: eval_dataset}
+            self._only_task = name
         self.reward_weights = args.reward_weights
         super().__init__(
             model,
@@ -113,6 +116,10 @@ class RewardTrainer(DiffusionTrainer):
                 )
         check_columns(self.reward_funcs, self.datasets, "train_dataset")
         check_columns(self.reward_funcs, self.eval_datasets, "eval_dataset")
+
+    def prompts_at_once(self) -> int:
+        """Those of a rollout."""
+        return len(set(self.sampler.prompts_of(range(self.args.steps_per_rollout))))
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -152,6 +159,13 @@ class RewardTrainer(DiffusionTrainer):
                 "or start a new run from its LoRA with `adapter`."
             )
 
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """See [`DiffusionTrainer.evaluate`]; takes the prompts alone if the trainer was given those of one task alone."""
+        of_tasks = isinstance(eval_dataset, Mapping) and eval_dataset.keys() == {self._only_task}
+        if self._only_task is not None and eval_dataset is not None and not of_tasks:
+            eval_dataset = {self._only_task: eval_dataset}
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
     # The method
 
     def takes(self, advantages: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
@@ -181,8 +195,8 @@ class RewardTrainer(DiffusionTrainer):
         """
         raise NotImplementedError
 
-    def rollout_finished(self) -> None:
-        """Called after the last optimizer step on a rollout's pictures."""
+    def prepare_rollout(self) -> None:
+        """Called before each rollout, also the first one of a run."""
 
     # Rounds
 
@@ -195,8 +209,7 @@ class RewardTrainer(DiffusionTrainer):
         offset = self.state.global_step % self.args.steps_per_rollout
         micro_round = inputs["micro_round"] % self.args.gradient_accumulation_steps
         if offset == 0 and micro_round == 0:
-            if self.state.global_step:
-                self.rollout_finished()
+            self.prepare_rollout()
             self.roll_out(self.state.global_step)
         experiences = self._experiences.pop((offset, micro_round))
         # At least one batch, for the reduction over the processes.
@@ -314,11 +327,20 @@ class RewardTrainer(DiffusionTrainer):
 
     def check_finite(self, loss: torch.Tensor) -> None:
         """Raises a `FloatingPointError` if the loss is NaN or infinite in any process."""
-        if not torch.isfinite(self.accelerator.reduce(loss, reduction="mean")):
+        mean = self.accelerator.reduce(loss, reduction="mean")
+        if not torch.isfinite(mean):
             raise FloatingPointError(
-                f"The loss of round {self.state.global_step} is {loss.item()}. Nothing was updated and the last "
+                f"The loss of round {self.state.global_step} is {mean.item()}. Nothing was updated and the last "
                 "checkpoint is intact. Lower `learning_rate`, or train in bf16 or fp32 instead of fp16."
             )
+
+
+def without(untaken: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """
+    What was kept of pictures, `[B, ...]`, 0 for those that are not learnt from: in the backward their NaN would be NaN
+    even with a weight of 0. The batch keeps its size, on which rounding depends.
+    """
+    return torch.where(untaken.view(-1, *[1] * (kept.ndim - 1)), 0.0, kept)
 
 
 def reward_threads(number: int) -> ThreadPoolExecutor:

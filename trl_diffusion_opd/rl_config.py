@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The settings of the trainers that learn from rewards."""
 
+import math
 from dataclasses import dataclass, field
 
 from .advantages import check_scale
@@ -37,8 +38,15 @@ class RewardConfig(DiffusionConfig):
             Largest absolute value of an advantage.
         reward_workers (`int`, *optional*, defaults to `1`):
             Number of threads that score pictures while the next ones are drawn.
+
+    > [!NOTE]
+    > These parameters have default values different from [`DiffusionConfig`]:
+    > - `per_device_train_batch_size`: Defaults to `24` instead of `8`: the pictures of a prompt.
     """
 
+    per_device_train_batch_size: int = field(
+        default=24, metadata={"help": "Number of pictures of each task that a process draws for a (micro-)step."}
+    )
     num_generations: int = field(
         default=24, metadata={"help": "Number of pictures of each prompt, which are compared with each other."}
     )
@@ -68,7 +76,15 @@ class RewardConfig(DiffusionConfig):
         self._check("advantage_clip", self.advantage_clip > 0, "positive")
         self._check("reward_workers", self.reward_workers >= 1, "at least 1")
         check_scale(self.scale_rewards)
-        if self.save_strategy == "steps" and self.save_steps % self.steps_per_rollout:
+        if self.reward_weights is not None:
+            finite = all(math.isfinite(weight) for weight in self.reward_weights)
+            self._check("reward_weights", finite, "a list of finite numbers")
+        if self.steps_per_rollout > 1 and self.save_strategy not in ("no", "steps"):
+            raise ValueError(
+                f"`save_strategy={self.save_strategy.value!r}` would save in the middle of a rollout, from where no run can be "
+                f"resumed, as `steps_per_rollout` is {self.steps_per_rollout}. Choose 'steps' or 'no'."
+            )
+        if self.steps_per_rollout > 1 and self.save_strategy == "steps" and self.save_steps % self.steps_per_rollout:
             raise ValueError(
                 f"`save_steps` must be a multiple of `steps_per_rollout` = {self.steps_per_rollout}, so that a resumed "
                 f"run starts with a rollout, but is {self.save_steps:g}."
@@ -153,6 +169,11 @@ class FlowGRPOConfig(RewardConfig):
         if self.scale_rewards is None:
             self.scale_rewards = "group" if guarded else "task"
         super().__post_init__()
+        if self.torch_compile:
+            raise ValueError(
+                "`torch_compile` is not supported: pictures are drawn by the model as it is, and the rounding of a compiled "
+                "one alone would move the ratio beyond its clip range. Leave it off."
+            )
         if self.noise_level == 0:
             raise ValueError(
                 "`noise_level` is 0: a deterministic rollout has no probabilities. Set it above 0 (published: 0.7)."
@@ -190,6 +211,9 @@ class DiffusionNFTConfig(RewardConfig):
             rollout: 0, `d = 0`; 1, `d = min(0.001 n, 0.5)` after `n` optimizer steps; 2, `d = 0` for 75 steps, then
             `min(0.0075 (n - 75), 0.999)`.
 
+    `noise_level` only concerns how pictures are drawn, and `skip_last_steps` is the number of noise levels of the schedule,
+    drawn at random for each picture, that it is not trained on.
+
     > [!NOTE]
     > These parameters have default values different from [`DiffusionConfig`]:
     > - `solver`: Defaults to `"dpm2"` instead of `"flow"`.
@@ -200,6 +224,13 @@ class DiffusionNFTConfig(RewardConfig):
 
     solver: str = field(default="dpm2", metadata={"help": "Sampler of the rollout, deterministic."})
     guidance_scale: float = field(default=1.0, metadata={"help": "Classifier-free guidance of the student."})
+    noise_level: float = field(
+        default=0.0, metadata={"help": "Scale of the noise injected at each step of the rollout."}
+    )
+    skip_last_steps: int = field(
+        default=1,
+        metadata={"help": "Number of noise levels, drawn at random for each picture, that it is not trained on."},
+    )
     ema_decay: float | None = field(
         default=0.9, metadata={"help": "Decay of an exponential moving average of the student's LoRA."}
     )

@@ -55,34 +55,34 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Job:
-    """Commands to be run one after the other, once those that it needs are done."""
+    """A command to be run once the jobs that it needs are done."""
 
-    commands: tuple[list[str], ...]
+    command: list[str]
     needs: tuple[str, ...] = ()
 
 
 def jobs_of(folder: Path, seed: int, num_images: int) -> dict[str, Job]:
     """All that is done for a seed, by name, which is also the folder of what comes of it."""
-    jobs = {f"shapes-teacher-{t}": Job((teacher_command(t, folder / f"shapes-teacher-{t}", seed),)) for t in TASKS}
+    jobs = {f"shapes-teacher-{t}": Job(teacher_command(t, folder / f"shapes-teacher-{t}", seed)) for t in TASKS}
     teachers = json.dumps({task: str(folder / f"shapes-teacher-{task}") for task in TASKS})
-    jobs["opd"] = Job((command("train", folder / "opd", seed, "--teachers", teachers),), TEACHER_RUNS)
-    jobs["joint-grpo-guard"] = Job((command("grpo", folder / "joint-grpo-guard", seed),))
-    jobs["joint-nft"] = Job((command("nft", folder / "joint-nft", seed),))
+    jobs["opd"] = Job(command("train", folder / "opd", seed, "--teachers", teachers), TEACHER_RUNS)
+    jobs["joint-grpo-guard"] = Job(command("grpo", folder / "joint-grpo-guard", seed))
+    jobs["joint-nft"] = Job(command("nft", folder / "joint-nft", seed))
     last = None
     for task in CASCADE:
         name, options = f"cascade-nft-{task}", ["--tasks", task]
         options += ["--adapter", str(folder / last)] if last else []
-        jobs[name] = Job((command("nft", folder / name, seed, *options),), (last,) if last else ())
+        jobs[name] = Job(command("nft", folder / name, seed, *options), (last,) if last else ())
         last = name
-    first = [*(f"teacher-{task}={folder / f'shapes-teacher-{task}'}" for task in TASKS), "--merge", "sum", "mean"]
-    second = [f"{name}={folder / PARTS[name][-1]}" for name in ("joint-grpo-guard", "joint-nft", "cascade-nft", "opd")]
+    loras = [f"teacher-{task}={folder / f'shapes-teacher-{task}'}" for task in TASKS]
+    loras += [f"{name}={folder / PARTS[name][-1]}" for name in ("joint-grpo-guard", "joint-nft", "cascade-nft", "opd")]
+    teachers = ",".join(f"teacher-{task}" for task in TASKS)
     evaluation = [sys.executable, "-m", "trl_diffusion_opd", "eval", "--model", str(SHAPES / "base")]
     evaluation += ["--benchmarks", "shapes", "--num_images", str(num_images), "--num_inference_steps", "10"]
     evaluation += ["--max_sequence_length", "10", "--seed", str(42 + seed), "--batch_size", "64", "--use_cpu"]
-    evaluation += ["--output_dir", str(folder / "evaluation"), "--guidance_scale", "1"]
-    base = ["base=1", f"base={GUIDANCE}"]
-    commands = ([*evaluation, *base, "--lora", *first], [*evaluation, "--no_base", "--lora", *second])
-    jobs["evaluation"] = Job(commands, tuple(jobs))
+    evaluation += ["--output_dir", str(folder / "evaluation"), "--guidance_scale", "1", "base=1", f"base={GUIDANCE}"]
+    evaluation += ["--lora", *loras, "--merge", f"sum={teachers}", f"mean={teachers}"]
+    jobs["evaluation"] = Job(evaluation, tuple(jobs))
     return jobs
 
 
@@ -94,10 +94,9 @@ def run(folder: Path, name: str, job: Job) -> None:
     start = time.time()
     done.parent.mkdir(parents=True, exist_ok=True)
     with open(folder / f"{name}.log", "w", encoding="utf-8") as log:
-        for words in job.commands:
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            if subprocess.run(words, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode:
-                raise SystemExit(f"{folder.name}: {name} failed, see {log.name}.")
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        if subprocess.run(job.command, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode:
+            raise SystemExit(f"{folder.name}: {name} failed, see {log.name}.")
     done.write_text(json.dumps({"seconds": round(time.time() - start, 1)}), encoding="utf-8")
     print(f"{time.strftime('%H:%M:%S')} {folder.name}: {name}, {time.time() - start:.0f} s", flush=True)
 

@@ -14,16 +14,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lora",
         nargs="+",
+        action="extend",
         metavar="[NAME=]SOURCE",
         help="LoRAs: Hub repositories, folders or files, each with a name",
     )
     parser.add_argument("--no_base", dest="base", action="store_false", help="leave the base itself out")
     parser.add_argument(
-        "--merge", nargs="+", metavar="HOW", help="evaluate merges of the given LoRAs too: sum, mean, or both"
+        "--merge",
+        nargs="+",
+        action="extend",
+        metavar="HOW[=NAME,NAME]",
+        help="evaluate merges of the LoRAs too: sum, mean, or both; sum=a,b of two of them",
     )
     parser.add_argument(
         "--benchmarks",
         nargs="+",
+        action="extend",
         metavar="NAME",
         help=f"of {names}, or a name of your own that has --prompts and --rewards; by default the paper's Table 1: "
         "geneval, ocr and drawbench",
@@ -31,12 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompts",
         nargs="+",
+        action="extend",
         metavar="NAME=SOURCE",
         help=f"prompts of a benchmark: a file, an address or a Hub dataset; geneval={GENERATED} makes those of GenEval",
     )
     parser.add_argument(
         "--rewards",
         nargs="+",
+        action="extend",
         metavar="[NAME=]REWARD",
         help="judges instead of the usual ones, of one benchmark or of all: names of built-in rewards, or "
         "file.py:function",
@@ -44,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reward_options",
         nargs="+",
+        action="extend",
         metavar="REWARD.OPTION=VALUE",
         help="options of built-in rewards, such as unifiedreward.base_url=http://localhost:8000/v1",
     )
@@ -57,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--guidance_scale",
         nargs="+",
+        action="extend",
         metavar="[NAME=]SCALE",
         help="guidance of all models, by default 4.5, or of one; base=1 base=4.5 are two rows of the table",
     )

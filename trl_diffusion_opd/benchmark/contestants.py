@@ -4,7 +4,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,7 +80,8 @@ def choose_contestants(
         base (`bool`, *optional*, defaults to `True`):
             Whether the base itself is one.
         merge (`Sequence[str]`, *optional*):
-            `"sum"` adds the row `merge_sum`, the updates of all LoRAs added up, and `"mean"` the row `merge_mean`.
+            `"sum"` adds the row `merge_sum`, the updates of all LoRAs added up, and `"mean"` the row `merge_mean`;
+            `"sum=a,b"` those of the LoRAs `a` and `b` alone.
 
     Raises:
         `ValueError`: nothing to compare, a name that cannot be a folder's, a merge that is not known, or a guidance scale
@@ -93,22 +94,34 @@ def choose_contestants(
                 f"A LoRA cannot be called {name!r}. Name it in letters, digits and `._+-`, and not "
                 f"{', '.join(_RESERVED)}: `--lora NAME=SOURCE`."
             )
-    if unknown := [name for name in merge if name not in MERGES]:
-        raise ValueError(f"`--merge` is one of {', '.join(MERGES)}, or both, but not {unknown[0]!r}.")
-    if merge and len(names) < 2:
-        raise ValueError("`--merge` adds LoRAs up and needs two or more of them. Pass them to `--lora`.")
     models = {BASE: ((), 1.0)} if base else {}
     models |= {name: ((name,), 1.0) for name in names}
-    models |= {f"merge_{name}": (tuple(names), 1.0 if name == "sum" else 1 / len(names)) for name in merge}
+    models |= {f"merge_{how}": (own, 1.0 if how == "sum" else 1 / len(own)) for how, own in _merges(merge, names)}
     if not models:
         raise ValueError("There is nothing to evaluate. Pass `--lora`, or leave out `--no_base`.")
     if unknown := [name for name in scales if name is not None and name not in models]:
         raise ValueError(f"`--guidance_scale` names {unknown[0]!r}, but the models are {', '.join(models)}.")
     rows = []
     for name, (loras, weight) in models.items():
-        own = scales.get(name, scales.get(None, [DEFAULT_GUIDANCE]))
+        own = list(dict.fromkeys(scales.get(name, scales.get(None, [DEFAULT_GUIDANCE]))))
         rows += [Contestant(f"{name}, guidance {g:g}" if len(own) > 1 else name, float(g), loras, weight) for g in own]
     return rows
+
+
+def _merges(words: Sequence[str], names: Sequence[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """How to merge, and the names of what is merged."""
+    for word in dict.fromkeys(words):
+        how, _, chosen = word.partition("=")
+        own = tuple(dict.fromkeys(chosen.split(","))) if chosen else tuple(names)
+        if how not in MERGES:
+            raise ValueError(f"`--merge` is one of {', '.join(MERGES)}, or both, but not {how!r}.")
+        if sum(other.partition("=")[0] == how for other in words) > 1:
+            raise ValueError(f"`--merge` has {how!r} twice. Keep one of them; another run can add nothing to its row.")
+        if unknown := [name for name in own if name not in names]:
+            raise ValueError(f"`--merge {word}` names {unknown[0]!r}, but the LoRAs are {', '.join(names)}.")
+        if len(own) < 2:
+            raise ValueError("`--merge` adds LoRAs up and needs two or more of them. Pass them to `--lora`.")
+        yield how, own
 
 
 def load_loras(sources: Mapping[str, str | Path]) -> dict[str, Lora]:

@@ -70,7 +70,7 @@ class ResultsFolder:
     def add_scores(self, model: str, benchmark: str, reward: str, process: int, scores: Mapping[int, float]) -> None:
         """Adds scores to the file of this process."""
         lines = [
-            {"image": self.picture(model, benchmark, position).name, "score": None if math.isnan(score) else score}
+            {"image": self.picture(model, benchmark, position).name, "score": score if math.isfinite(score) else None}
             for position, score in scores.items()
         ]
         with open(self.path / model / benchmark / f"{reward}.{process}.jsonl", "a", encoding="utf-8") as file:

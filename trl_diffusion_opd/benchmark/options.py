@@ -70,7 +70,12 @@ def parse_reward_options(words: Sequence[str]) -> dict[str, dict[str, Any]]:
         reward, dot, option = key.partition(".")
         if not (dot and option and value):
             raise ValueError(f"`--reward_options {word}` must be REWARD.OPTION=VALUE.")
-        options.setdefault(reward, {})[option] = yaml.safe_load(value)
+        try:
+            options.setdefault(reward, {})[option] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(
+                f"`--reward_options {word}`: {value!r} is no value in YAML. Put quotes around it."
+            ) from error
     return options
 
 

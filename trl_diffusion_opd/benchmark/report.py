@@ -80,17 +80,21 @@ def _pictures(folder: ResultsFolder, settings: dict[str, Any], benchmark: str) -
                 "guidance_scale": settings["models"][model]["guidance_scale"],
                 "scores": {reward: None if math.isnan(value) else value for reward, value in found.items()},
             }
-            if tag := _tag(prompt):
+            if tag := _tag(prompt, about):
                 row["tag"] = tag
             rows.append(row)
     return rows
 
 
-def _tag(prompt: dict[str, Any]) -> str | None:
-    """GenEval's kind of a prompt that has one."""
-    if "metadata" in prompt:
+def _tag(prompt: dict[str, Any], about: dict[str, Any]) -> str | None:
+    """GenEval's kind of a prompt, if GenEval's reward judges it; else `metadata` may be anything."""
+    if "metadata" in prompt and _is_built_in("geneval", about["rewards"].get("geneval", "")):
         return parse_metadata(prompt["metadata"])["tag"]
     return prompt.get("tag")
+
+
+def _is_built_in(reward: str, description: str) -> bool:
+    return reward in REWARDS and description.split(" (")[0] == reward
 
 
 def _results(settings: dict[str, Any], benchmark: str, pictures: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -103,7 +107,7 @@ def _results(settings: dict[str, Any], benchmark: str, pictures: list[dict[str, 
             scored = [row for row in own if reward in row["scores"]]
             values = [row["scores"][reward] for row in scored]
             valid = [value for value in values if value is not None]
-            built_in = reward in REWARDS and description.split(" (")[0] == reward
+            built_in = _is_built_in(reward, description)
             factor = reward_class(reward).table_factor if built_in else 1.0
             result = {
                 "model": model,

@@ -3,6 +3,7 @@
 
 import gc
 import logging
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -72,7 +73,7 @@ def evaluate(
         base (`bool`, *optional*, defaults to `True`):
             Whether to evaluate the base itself.
         merge (`Sequence[str]`, *optional*):
-            Merges of all LoRAs to evaluate: `"sum"`, `"mean"`.
+            Merges to evaluate: `"sum"`, `"mean"` of all LoRAs, `"sum=a,b"` of some.
         benchmarks (`Sequence[str]`, *optional*, defaults to `("geneval", "ocr", "drawbench")`):
             See [`~benchmark.suites.choose_benchmarks`].
         prompts (`Mapping[str, str]`, *optional*), rewards (`Mapping[str | None, Sequence[str]]`, *optional*):
@@ -248,14 +249,14 @@ def _missing_pictures(
 def _missing_scores(
     folder: ResultsFolder, judge: Judge, contestants: Sequence[Contestant], places: Mapping[str, Sequence[int]]
 ) -> list[tuple[str, str, int]]:
-    """Model, benchmark and position of the pictures that a judge has not seen."""
+    """Model, benchmark and position of the pictures that a judge has not seen, or could not score."""
     return [
         (row.name, name, position)
         for row in contestants
         for name in judge.benchmarks
         for scores in [folder.scores(row.name, name, judge.name)]
         for position in places[name]
-        if position not in scores
+        if math.isnan(scores.get(position, math.nan))
     ]
 
 

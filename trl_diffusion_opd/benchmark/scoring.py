@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scoring the pictures of an evaluation: one judge after the other, each in memory only while it is needed."""
 
+import hashlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +41,8 @@ class Judge:
             Benchmarks that it judges.
         built_in (`bool`):
             Whether it is one of the rewards of this package.
+        sha256 (`str`, *optional*):
+            Fingerprint of the file that a function is in.
     """
 
     name: str
@@ -45,6 +50,7 @@ class Judge:
     func: Callable[..., list[float]]
     benchmarks: tuple[str, ...]
     built_in: bool
+    sha256: str | None = None
 
 
 def make_judges(
@@ -95,7 +101,15 @@ def _make_judge(spec: str, benchmarks: Sequence[Benchmark], device: torch.device
     elif options:
         raise ValueError(f"`--reward_options` are for built-in rewards, and {spec!r} is none.")
     names = tuple(benchmark.name for benchmark in benchmarks if spec in benchmark.rewards)
-    return Judge(reward_name(func), description, func, names, built_in)
+    return Judge(reward_name(func), description, func, names, built_in, None if built_in else _source_sha256(func))
+
+
+def _source_sha256(func: Callable) -> str | None:
+    try:
+        file = inspect.getsourcefile(inspect.unwrap(func))
+    except TypeError:  # an object that can be called
+        file = inspect.getsourcefile(type(func))
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else None
 
 
 def check_judges(judges: Sequence[Judge], rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:

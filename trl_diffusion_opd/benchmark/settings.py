@@ -56,4 +56,5 @@ def benchmark_settings(
         "num_prompts": len({row["prompt"] for row in rows}),
         "num_images": num_images or len(rows),
         "rewards": {judge.name: judge.description for judge in own},
+        "functions": {judge.name: judge.sha256 for judge in own if judge.sha256},
     }

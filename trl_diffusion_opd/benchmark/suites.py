@@ -3,6 +3,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from ..sources import Origin
 
 SHAPES = "shapes"  # stands for the benchmarks of the three tasks of examples/shapes
+_RESERVED = ("index",)  # the page of the tables
 GENERATED = "generated"  # a source of prompts: GenEval's own rules
 # GenEval draws four pictures of each of its 553 prompts.
 _GENEVAL_REPEATS = 4
@@ -107,6 +109,11 @@ def choose_benchmarks(
     ]
     chosen = {}
     for name in expanded:
+        if name in _RESERVED or not re.fullmatch(r"\w[\w.+-]*", name):
+            raise ValueError(
+                f"A benchmark cannot be called {name!r}, as its pages and folders are. Name it in letters, digits and "
+                f"`._+-`, and not {', '.join(_RESERVED)}."
+            )
         own = known.get(name, Benchmark(name, name, "", ()))
         source, judges = prompts.get(name, own.source), tuple(rewards.get(name, rewards.get(None, own.rewards)))
         if not source or not judges:

@@ -103,9 +103,12 @@ def _geneval_table(models: list[str], results: list[dict[str, Any]]) -> Table | 
 
 def _scores_table(title: str, settings: dict[str, Any], models: list[str], results: list[dict[str, Any]]) -> Table:
     columns = list(dict.fromkeys((row["benchmark"], row["reward"]) for row in results))
+    rewards = [reward for _, reward in columns]
 
     def name(row: dict[str, Any]) -> str:
-        return REWARD_TITLES[row["reward"]] if row["built_in"] else row["reward"]
+        own = REWARD_TITLES[row["reward"]] if row["built_in"] else row["reward"]
+        # One reward may judge several benchmarks of a table.
+        return own if rewards.count(row["reward"]) == 1 else f"{row['benchmark'].removeprefix('shapes_')}: {own}"
 
     titles = {(row["benchmark"], row["reward"]): name(row) for row in results}
     values = {(row["model"], row["benchmark"], row["reward"]): row["value"] for row in results}

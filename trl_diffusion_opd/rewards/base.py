@@ -207,10 +207,12 @@ class Reward:
         return self
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None) -> "Reward":
-        """Moves the models, now or when they are loaded."""
+        """Moves the models, now or when they are loaded. For another precision they are loaded anew, not rounded twice."""
         with self._lock:
             self.device = self.device if device is None else torch.device(device)
-            self.dtype = _dtype(dtype) or self.dtype
+            if dtype is not None and _dtype(dtype) != self.dtype:
+                self.dtype = _dtype(dtype)
+                self.free()
             self._place()
         return self
 

@@ -32,8 +32,10 @@ class ClipScoreReward(Reward):
     def load_models(self) -> dict[str, Any]:
         from transformers import AutoTokenizer, CLIPModel
 
+        clip = load_pretrained(CLIPModel, self.model_name_or_path, "clipscore", dtype=torch.float32)
         return {
-            "clip": load_pretrained(CLIPModel, self.model_name_or_path, "clipscore", dtype=self.dtype),
+            "clip": clip,
+            "scale": clip.logit_scale.exp().item() / 100,  # the published score is logits / 100
             "tokenizer": load_pretrained(
                 AutoTokenizer, self.model_name_or_path, "clipscore", probe="tokenizer_config.json"
             ),
@@ -42,6 +44,4 @@ class ClipScoreReward(Reward):
     def score(self, images: torch.Tensor, prompts: list[str]) -> list[float]:
         clip = self.models["clip"]
         pixels = clip_pixels_bilinear(images, clip.config.vision_config.image_size)
-        # The published score is logits / 100.
-        scale = clip.logit_scale.float().exp() / 100
-        return (scale * cosines(clip, self.models["tokenizer"], pixels, prompts)).tolist()
+        return (self.models["scale"] * cosines(clip, self.models["tokenizer"], pixels, prompts)).tolist()

@@ -62,7 +62,7 @@ class ColorClassifier(nn.Module):
 
     def forward(self, crops: list[Image.Image], names: list[str]) -> list[str]:
         """The color of each crop, given what it shows."""
-        pixels = clip_pixels(crops, self.clip.config.vision_config.image_size)
+        pixels = clip_pixels(crops, self.clip.config.vision_config.image_size, centre=round)  # as OpenCLIP does
         images = features(self.clip.get_image_features(pixels.to(self.clip.device, self.clip.dtype))).cpu()
         texts = torch.stack([self.text_features(name) for name in names])
         return [COLORS[i] for i in (texts @ images[:, :, None]).squeeze(-1).argmax(-1).tolist()]

@@ -178,6 +178,6 @@ class ImageRewardReward(Reward):
         tokens = tokenizer(
             prompts, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
         ).to(self.device)
-        pixels = clip_pixels(to_pil(images), model.vision.config.image_size)
+        pixels = clip_pixels(to_pil(images), model.vision.config.image_size, centre=round)
         scores = model(pixels.to(self.device, self.dtype), tokens["input_ids"], tokens["attention_mask"])
         return scores.tolist()

@@ -42,8 +42,10 @@ class PickScoreReward(Reward):
     def load_models(self) -> dict[str, Any]:
         from transformers import AutoTokenizer, CLIPModel
 
+        clip = load_pretrained(CLIPModel, self.model_name_or_path, "pickscore", dtype=torch.float32)
         return {
-            "clip": load_pretrained(CLIPModel, self.model_name_or_path, "pickscore", dtype=self.dtype),
+            "clip": clip,
+            "scale": clip.logit_scale.exp().item(),  # not in `dtype`: bfloat16 takes 1 % from it
             "tokenizer": load_pretrained(
                 AutoTokenizer, self.tokenizer_name_or_path, "pickscore", probe="tokenizer_config.json"
             ),
@@ -52,5 +54,5 @@ class PickScoreReward(Reward):
     def score(self, images: torch.Tensor, prompts: list[str]) -> list[float]:
         clip = self.models["clip"]
         pixels = clip_pixels(to_pil(images), clip.config.vision_config.image_size)
-        raw = clip.logit_scale.float().exp() * cosines(clip, self.models["tokenizer"], pixels, prompts)
+        raw = self.models["scale"] * cosines(clip, self.models["tokenizer"], pixels, prompts)
         return (raw / self.table_factor).tolist()

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """From images in `[0, 1]` to the input of a vision model, with PIL and torch alone."""
 
+import math
+from collections.abc import Callable
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -39,11 +42,14 @@ def shortest_edge(height: int, width: int, size: int) -> tuple[int, int]:
     return int(size * height / width), size
 
 
-def clip_pixels(pictures: list[Image.Image], size: int = 224) -> torch.Tensor:
+def clip_pixels(
+    pictures: list[Image.Image], size: int = 224, *, centre: Callable[[float], int] = math.floor
+) -> torch.Tensor:
     """
     CLIP's own preprocessing: shorter edge to `size` (PIL, bicubic), centre crop, normalisation.
 
-    Equal to `transformers.CLIPImageProcessorPil`.
+    Equal to `transformers.CLIPImageProcessorPil`, or with `centre=round` to `torchvision.transforms` `Resize`,
+    `CenterCrop` and `Normalize` on PIL's images: the two libraries round the margin of the crop differently.
 
     Returns:
         `torch.Tensor`: `[B, 3, size, size]`, float32, on the CPU.
@@ -52,7 +58,7 @@ def clip_pixels(pictures: list[Image.Image], size: int = 224) -> torch.Tensor:
     for picture in pictures:
         height, width = shortest_edge(picture.height, picture.width, size)
         resized = np.asarray(picture.convert("RGB").resize((width, height), Image.Resampling.BICUBIC))
-        top, left = (height - size) // 2, (width - size) // 2
+        top, left = centre((height - size) / 2), centre((width - size) / 2)
         pixels.append(torch.from_numpy(resized[top : top + size, left : left + size].copy()))
     return normalize(torch.stack(pixels).permute(0, 3, 1, 2).float() / 255)
 
@@ -65,7 +71,6 @@ def clip_pixels_bilinear(images: torch.Tensor, size: int = 224) -> torch.Tensor:
     """
     height, width = shortest_edge(*images.shape[-2:], size)
     images = F.interpolate(images, (height, width), mode="bilinear", antialias=True)
-    # torchvision rounds half to even here, transformers down.
     top, left = round((height - size) / 2), round((width - size) / 2)
     return normalize(images[..., top : top + size, left : left + size])
 

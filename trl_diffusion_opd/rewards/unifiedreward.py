@@ -111,12 +111,6 @@ class UnifiedRewardReward(Reward):
             "pixels": load(Qwen2VLImageProcessorPil),
         }
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None) -> "Reward":
-        with self._lock:
-            if dtype is not None:
-                self.free()  # and loaded anew: see `_place`
-            return super().to(device, dtype)
-
     def _place(self) -> None:
         # Not to `dtype`: this would round the frequencies of the rotary embedding, which loading keeps in float32.
         if "model" in self.models:
