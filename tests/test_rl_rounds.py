@@ -10,8 +10,9 @@ import pytest
 import torch
 from datasets import IterableDataset
 
-from .rl_runs import Forwards, brightness, logs, make_trainer, prepare, redness, run_round
+from .rl_runs import TRAINERS, Forwards, brightness, logs, make_trainer, prepare, redness, run_round
 from .runs import PROMPTS
+from .tiny import tiny_pipeline
 
 
 def learnt_from(trainer) -> list:
@@ -340,3 +341,12 @@ class TestRewards:
         trainer = make_trainer("grpo", tmp_path, rewards={"count": brightness, "scene": redness})
         with pytest.raises(ValueError, match="There is nothing to evaluate on"):
             trainer.evaluate()
+
+
+@pytest.mark.parametrize(("method", "folder"), [("grpo", "flow-grpo"), ("nft", "diffusion-nft")])
+def test_a_trainer_without_settings_has_the_defaults(tmp_path, monkeypatch, method, folder):
+    trainer_class, config_class = TRAINERS[method]
+    monkeypatch.chdir(tmp_path)
+    trainer = trainer_class(tiny_pipeline(), brightness, train_dataset=PROMPTS["count"])
+    assert isinstance(trainer.args, config_class) and trainer.args.output_dir == folder
+    assert trainer.args.num_generations == trainer.args.per_device_train_batch_size == 24

@@ -116,6 +116,8 @@ class FlowGRPOTrainer(RewardTrainer):
 }""",
     }
 
+    config_class = FlowGRPOConfig
+
     def __init__(
         self,
         model: str | Path | StableDiffusion3Pipeline,
@@ -128,8 +130,7 @@ class FlowGRPOTrainer(RewardTrainer):
         peft_config: LoraConfig | None = None,
         adapter: str | Path | None = None,
     ):
-        args = args if args is not None else FlowGRPOConfig(output_dir="flow-grpo")
-        if args.loss_type == "grpo_guard":
+        if args is None or args.loss_type == "grpo_guard":
             self._name, self._paper = "GRPO-Guard", _GUARD_PAPER
             self._tag_names = [*self._tag_names, "grpo-guard"]
         super().__init__(

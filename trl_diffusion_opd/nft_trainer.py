@@ -2,21 +2,15 @@
 """Reinforcement on the forward process: DiffusionNFT."""
 
 import copy
-from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
-from diffusers import StableDiffusion3Pipeline
-from peft import LoraConfig
 from torch import nn
-from transformers import TrainerCallback
 
 from .base_trainer import Policy
 from .data import TaskBatch
 from .denoising import denoise
-from .evaluation import RewardFunc
 from .forward_process import nft_losses, noised, old_policy_decay, optimality_probability
 from .loading import STUDENT
 from .lora import add_lora, load_lora_into, lora_state_dict, save_lora
@@ -73,22 +67,9 @@ class DiffusionNFTTrainer(RewardTrainer):
 }""",
     }
 
-    def __init__(
-        self,
-        model: str | Path | StableDiffusion3Pipeline,
-        reward_funcs: RewardFunc | str | list[RewardFunc | str] | Mapping[str, Any],
-        args: DiffusionNFTConfig | None = None,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
-        callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[Callable | None, Callable | None] = (None, None),
-        peft_config: LoraConfig | None = None,
-        adapter: str | Path | None = None,
-    ):
-        args = args if args is not None else DiffusionNFTConfig(output_dir="diffusion-nft")
-        super().__init__(
-            model, reward_funcs, args, train_dataset, eval_dataset, callbacks, optimizers, peft_config, adapter
-        )
+    config_class = DiffusionNFTConfig
+    kept_latents = 1
+    num_kept_policies = 1
 
     def add_models(self, args: DiffusionNFTConfig) -> None:
         config = copy.deepcopy(self.transformer.peft_config[STUDENT])
@@ -100,9 +81,6 @@ class DiffusionNFTTrainer(RewardTrainer):
     @property
     def objective(self) -> str:
         return f"DiffusionNFT, beta {self.args.nft_beta:g}, old policy by schedule {self.args.old_policy_schedule}"
-
-    kept_latents = 1
-    num_kept_policies = 1
 
     def draw(self, batch: TaskBatch) -> tuple[torch.Tensor, torch.Tensor]:
         text = self.prompts.conditioning(batch.prompts).batch(self.args.guidance_scale)

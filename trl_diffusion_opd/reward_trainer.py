@@ -58,17 +58,19 @@ class Experience:
 class RewardTrainer(DiffusionTrainer):
     """
     Base class of the trainers that learn from rewards. Subclasses define `draw`, how a batch of pictures is drawn and
-    what is kept of it, and `learn`, which accumulates the gradient of a batch; and for the plan of a run `objective`, in
-    words, and `kept_latents`, how many tensors of the size of its latents are kept of a picture.
+    what is kept of it, and `learn`, which accumulates the gradient of a batch; `config_class`, whose defaults are used
+    without `args`; and for the plan of a run `objective`, in words, and `kept_latents`, how many tensors of the size of
+    its latents are kept of a picture.
     """
 
+    config_class: type[RewardConfig]
     _only_task: str | None = None
 
     def __init__(
         self,
         model: str | Path | StableDiffusion3Pipeline,
         reward_funcs: RewardFunc | str | list[RewardFunc | str] | Mapping[str, Any],
-        args: RewardConfig,
+        args: RewardConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -85,6 +87,7 @@ class RewardTrainer(DiffusionTrainer):
             reward_funcs, train_dataset = {name: funcs}, {name: train_dataset}
             eval_dataset = None if eval_dataset is None else {name: eval_dataset}
             self._only_task = name
+        args = args if args is not None else self.config_class(output_dir=self._tag_names[1])
         self.reward_weights = args.reward_weights
         super().__init__(
             model,
