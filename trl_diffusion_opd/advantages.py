@@ -18,7 +18,8 @@ def group_advantages(
 
     Args:
         rewards (`torch.Tensor`):
-            Of shape `[N]`; NaN or infinite for a score that failed, which is left out of all statistics and gets the advantage 0.
+            Of shape `[N]`; NaN or infinite for a score that failed, which is left out of all statistics and gets the
+            advantage 0.
         groups (`torch.Tensor`):
             Of shape `[N]`: number of the group, the pictures of one prompt.
         tasks (`torch.Tensor`):

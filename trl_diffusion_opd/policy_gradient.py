@@ -4,9 +4,9 @@ The objectives of Flow-GRPO (https://huggingface.co/papers/2505.05470) and GRPO-
 (https://huggingface.co/papers/2510.22319) at one denoising step.
 
 The step's old and new policy are Gaussians with the same standard deviation `s` and means that differ by
-`dmu = C (v - v_old)` (`std` and `coefficient` of a [`Transition`]), so everything follows from `dmu` and the noise `eps` that was drawn:
-`next_sample = mean_old + s eps`. Log-densities, which are large and cancel, are never formed. As published, they are
-means over the latent dimensions, not sums.
+`dmu = C (v - v_old)` (`std` and `coefficient` of a [`Transition`]), so everything follows from `dmu` and the noise `eps`
+that was drawn: `next_sample = mean_old + s eps`. Log-densities, which are large and cancel, are never formed. As
+published, they are means over the latent dimensions, not sums.
 """
 
 import math
@@ -106,7 +106,8 @@ def step_weight(solver: str, sigma: float, sigma_next: float, noise_level: float
 
 def reference_divergence(shift: torch.Tensor, std: torch.Tensor, sigma: float, sigma_next: float) -> torch.Tensor:
     """
-    Divergence from the reference policy, `mean(dmu^2) / (2 sigma_t^2)`, where `sigma_t = s / sqrt(-dt)`, as published for the solver `"flow"`; here for all.
+    Divergence from the reference policy, `mean(dmu^2) / (2 sigma_t^2)`, where `sigma_t = s / sqrt(-dt)`, as published
+    for the solver `"flow"`; here for all.
 
     Args:
         shift (`torch.Tensor`):

@@ -204,7 +204,9 @@ class RewardTrainer(DiffusionTrainer):
     # Rounds
 
     def training_step(self, model: nn.Module, inputs: dict[str, int], num_items_in_batch: Any = None) -> torch.Tensor:
-        """One (micro-)round: every `steps_per_rollout` steps new pictures are drawn and scored; then a share is learnt from."""
+        """
+        One (micro-)round: every `steps_per_rollout` steps new pictures are drawn and scored; then a share is learnt from.
+        """
         start = time.perf_counter()
         model.train()
         if self.args.torch_empty_cache_steps and self.state.global_step % self.args.torch_empty_cache_steps == 0:
@@ -228,7 +230,9 @@ class RewardTrainer(DiffusionTrainer):
 
     @torch.no_grad()
     def roll_out(self, step: int) -> None:
-        """Draws and scores the pictures of the next `steps_per_rollout` steps. Rewards are computed while more are drawn."""
+        """
+        Draws and scores the pictures of the next `steps_per_rollout` steps. Rewards are computed while more are drawn.
+        """
         args, steps = self.args, range(step, step + self.args.steps_per_rollout)
         if self._distinct_prompts is None:
             self.prompts.prepare(step, lambda: self.sampler.prompts_of(steps))

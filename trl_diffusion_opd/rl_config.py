@@ -81,8 +81,8 @@ class RewardConfig(DiffusionConfig):
             self._check("reward_weights", finite, "a list of finite numbers")
         if self.steps_per_rollout > 1 and self.save_strategy not in ("no", "steps"):
             raise ValueError(
-                f"`save_strategy={self.save_strategy.value!r}` would save in the middle of a rollout, from where no run can be "
-                f"resumed, as `steps_per_rollout` is {self.steps_per_rollout}. Choose 'steps' or 'no'."
+                f"`save_strategy={self.save_strategy.value!r}` would save in the middle of a rollout, from where no run "
+                f"can be resumed, as `steps_per_rollout` is {self.steps_per_rollout}. Choose 'steps' or 'no'."
             )
         if self.steps_per_rollout > 1 and self.save_strategy == "steps" and self.save_steps % self.steps_per_rollout:
             raise ValueError(
@@ -171,8 +171,8 @@ class FlowGRPOConfig(RewardConfig):
         super().__post_init__()
         if self.torch_compile:
             raise ValueError(
-                "`torch_compile` is not supported: pictures are drawn by the model as it is, and the rounding of a compiled "
-                "one alone would move the ratio beyond its clip range. Leave it off."
+                "`torch_compile` is not supported: pictures are drawn by the model as it is, and the rounding of a "
+                "compiled one alone would move the ratio beyond its clip range. Leave it off."
             )
         if self.noise_level == 0:
             raise ValueError(

@@ -116,7 +116,7 @@ def _merges(words: Sequence[str], names: Sequence[str]) -> Iterator[tuple[str, t
         if how not in MERGES:
             raise ValueError(f"`--merge` is one of {', '.join(MERGES)}, or both, but not {how!r}.")
         if sum(other.partition("=")[0] == how for other in words) > 1:
-            raise ValueError(f"`--merge` has {how!r} twice. Keep one of them; another run can add nothing to its row.")
+            raise ValueError(f"`--merge` has {how!r} twice. Keep one, or use another `--output_dir` for the other.")
         if unknown := [name for name in own if name not in names]:
             raise ValueError(f"`--merge {word}` names {unknown[0]!r}, but the LoRAs are {', '.join(names)}.")
         if len(own) < 2:
