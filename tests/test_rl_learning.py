@@ -35,15 +35,15 @@ NFT = {"max_steps": 12, "num_generations": 24, "steps_per_rollout": 4, "learning
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "trainer_class, config",
+    "trainer_class, config, rise",
     [
-        (FlowGRPOTrainer, {**GRPO, "loss_type": "grpo_guard"}),
-        (FlowGRPOTrainer, {**GRPO, "loss_type": "grpo", "max_steps": 14}),
-        (DiffusionNFTTrainer, NFT),
+        (FlowGRPOTrainer, {**GRPO, "loss_type": "grpo_guard"}, 0.1),
+        (FlowGRPOTrainer, {**GRPO, "loss_type": "grpo", "max_steps": 14}, 0.08),
+        (DiffusionNFTTrainer, NFT, 0.08),
     ],
     ids=["grpo_guard", "grpo", "nft"],
 )
-def test_learns_to_write(trainer_class, config, tmp_path, monkeypatch):
+def test_learns_to_write(trainer_class, config, rise, tmp_path, monkeypatch):
     """
     With three seeds the share of held-out pictures whose two letters can be read rose from .37 to .56, on average, with
     GRPO-Guard (8 rounds, 31 s on one core), from .37 to .58 with Flow-GRPO (14 rounds, 63 s) and from .32 to .45 with
@@ -71,4 +71,4 @@ def test_learns_to_write(trainer_class, config, tmp_path, monkeypatch):
     before = trainer.evaluate()["eval_reward/ocr"]
     trainer.train()
     after = trainer.evaluate()["eval_reward/ocr"]
-    assert after > before + 0.08, (before, after)
+    assert after > before + rise, (before, after)
