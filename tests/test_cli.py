@@ -60,7 +60,6 @@ def ended(capsys, *argv):
 
 HELP = """
 import sys
-import time
 from trl_diffusion_opd.cli import COMMANDS, main
 for argv in (["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)):
     try:

@@ -72,7 +72,6 @@ class DiffusionTrainer(LoraTrainer):
     """
 
     num_kept_policies = 0  # LoRAs in a checkpoint beside the student and its average
-
     reward_weights: list[float] | None = None
 
     def __init__(

@@ -19,7 +19,7 @@ from .denoising import denoise
 from .evaluation import RewardFunc
 from .loading import STUDENT
 from .policy_gradient import is_clipped, log_ratio, mean_shift, reference_divergence, step_weight, surrogate_loss
-from .reward_trainer import Experience, RewardTrainer, without
+from .reward_trainer import Experience, RewardTrainer, only
 from .rl_config import FlowGRPOConfig
 
 
@@ -179,7 +179,7 @@ class FlowGRPOTrainer(RewardTrainer):
         base = Policy("base", args.guidance_scale)
         metrics = {"loss": [], "clip_ratio": [], "log_ratio": [], **({"kl": []} if args.beta else {})}
         for index, step in enumerate(visited):
-            sample, old, noise = (without(~taken, kept) for kept in (step.sample, step.velocity, step.noise))
+            sample, old, noise = (only(taken, kept) for kept in (step.sample, step.velocity, step.noise))
             if args.beta:  # before the student's forward: between that and its backward no adapter may be switched
                 reference = self.policy_velocity(base, sample, timesteps[index], text)
             reduce = last and index == len(visited) - 1 and self.accelerator.sync_gradients

@@ -15,7 +15,7 @@ from .forward_process import nft_losses, noised, old_policy_decay, optimality_pr
 from .loading import STUDENT
 from .lora import add_lora, load_lora_into, lora_state_dict, save_lora
 from .lora_files import LoraWeights
-from .reward_trainer import Experience, RewardTrainer, without
+from .reward_trainer import Experience, RewardTrainer, only
 from .rl_config import DiffusionNFTConfig
 
 
@@ -98,7 +98,7 @@ class DiffusionNFTTrainer(RewardTrainer):
         return clean, clean
 
     def learn(self, model: nn.Module, experience: Experience, share: float, last: bool) -> dict[str, torch.Tensor]:
-        args, clean = self.args, without(~experience.taken, experience.trajectory)
+        args, clean = self.args, only(experience.taken, experience.trajectory)
         text = self.prompts.conditioning(experience.batch.prompts).batch(args.guidance_scale)
         probability = optimality_probability(experience.advantages, args.advantage_clip)
         # Every picture visits the noise levels in an order of its own, with fresh noise at each.

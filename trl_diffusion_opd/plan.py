@@ -57,7 +57,10 @@ def describe_plan(trainer: "DiffusionTrainer") -> str:
     encoding = estimate["models"] + _bytes(*_text_encoders(trainer))
     judges = any(isinstance(reward, Reward) for funcs in trainer.reward_funcs.values() for reward in funcs)
     start = trainer.adapter_origin
-    decoding = sum(estimate.values()) - estimate["activations"] + _decoding_bytes(trainer)
+    vae, pixels = trainer.pipeline.vae, height * width * factor**2
+    most = max(args.per_device_train_batch_size, args.per_device_eval_batch_size) * pixels
+    at_once = min(most, max(PIXELS_AT_ONCE, pixels))
+    decoding = sum(estimate.values()) - estimate["activations"] + _bytes(vae) + decoding_bytes(vae, at_once)
     peak = max(sum(estimate.values()), encoding, decoding)
     lines = [
         f"base       {format_origin(trainer.base_origin)}, {width * factor}x{height * factor} px",
@@ -120,12 +123,9 @@ def memory_estimate(trainer: "DiffusionTrainer") -> dict[str, int]:
     }
 
 
-def _decoding_bytes(trainer: "DiffusionTrainer") -> int:
-    """The VAE in float32, and three hidden states of its second level at the full size, which is its peak."""
-    vae, (_, height, width) = trainer.pipeline.vae, trainer.latent_shape
-    pixels = height * width * trainer.pipeline.vae_scale_factor**2
-    number = min(trainer.args.per_device_train_batch_size, max(1, PIXELS_AT_ONCE // pixels))
-    return _bytes(vae) + 3 * 4 * number * pixels * max(vae.config.block_out_channels[:2])
+def decoding_bytes(vae: nn.Module, num_pixels: int) -> int:
+    """The peak of what a VAE keeps while it decodes so many pixels at once: three hidden states of its second level."""
+    return 3 * 4 * num_pixels * max(vae.config.block_out_channels[:2])
 
 
 def _trainable(trainer: "DiffusionTrainer") -> list[nn.Parameter]:

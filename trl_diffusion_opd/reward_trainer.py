@@ -342,12 +342,12 @@ class RewardTrainer(DiffusionTrainer):
             )
 
 
-def without(untaken: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+def only(taken: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """
     What was kept of pictures, `[B, ...]`, 0 for those that are not learnt from: in the backward their NaN would be NaN
     even with a weight of 0. The batch keeps its size, on which rounding depends.
     """
-    return torch.where(untaken.view(-1, *[1] * (kept.ndim - 1)), 0.0, kept)
+    return torch.where(taken.view(-1, *[1] * (kept.ndim - 1)), kept, 0.0)
 
 
 def reward_threads(number: int) -> ThreadPoolExecutor:
