@@ -8,7 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from trl_diffusion_opd.comparison import gains
+from trl_diffusion_opd.evaluation.gains import gains
 
 
 root = Path(__file__).parents[1]

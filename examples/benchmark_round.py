@@ -17,9 +17,9 @@ import torch
 from peft import LoraConfig
 
 from trl_diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer
-from trl_diffusion_opd.denoising import denoise
-from trl_diffusion_opd.loading import STUDENT
-from trl_diffusion_opd.objectives import step_divergence
+from trl_diffusion_opd.losses.opd import step_divergence
+from trl_diffusion_opd.models.loading import STUDENT
+from trl_diffusion_opd.sampling.denoising import denoise
 
 
 SHAPES = Path(__file__).parent / "shapes"

@@ -16,7 +16,7 @@ Every setting of the recipe can be overridden on the command line; `--help` list
 
 import sys
 
-from trl_diffusion_opd.cli import train
+from trl_diffusion_opd.cli.main import train
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 # dependencies = ["trl-diffusion-opd[examples]"]
 # ///
 """
-Distils several LoRA teachers into one LoRA student.
+Distills several LoRA teachers into one LoRA student.
 
 Without arguments, the embedded default: three teachers of the Shapes world (`examples/shapes`), a few minutes on a CPU.
 
@@ -20,7 +20,7 @@ Every setting of the recipe can be overridden on the command line; `--help` list
 import sys
 from pathlib import Path
 
-from trl_diffusion_opd.cli import train
+from trl_diffusion_opd.cli.main import train
 
 
 if __name__ == "__main__":

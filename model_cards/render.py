@@ -9,8 +9,8 @@ Renders the model cards of this folder from the records (`run.json`) beside them
 import argparse
 from pathlib import Path
 
-from trl_diffusion_opd.card import render_card
-from trl_diffusion_opd.record import RECORD_FILE, RunRecord
+from trl_diffusion_opd.publishing.card import render_card
+from trl_diffusion_opd.publishing.record import RECORD_FILE, RunRecord
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from .hub_server import HubServer
+from tests.support.hub_server import HubServer
 
 
 @pytest.fixture(autouse=True)

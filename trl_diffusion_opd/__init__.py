@@ -9,29 +9,29 @@ __version__ = "0.1.0"
 
 # Public name -> module. Imported on first use: torch, diffusers and trl take seconds to import.
 _MODULES = {
-    "DiffusionNFTConfig": "rl_config",
-    "DiffusionNFTTrainer": "nft_trainer",
-    "DiffusionOPDConfig": "config",
-    "DiffusionOPDTrainer": "opd_trainer",
-    "FlowGRPOConfig": "rl_config",
-    "FlowGRPOTrainer": "grpo_trainer",
-    "StableDiffusion3SDEPipeline": "pipeline",
-    "StableDiffusion3SDEPipelineOutput": "pipeline_output",
-    "TeacherConfig": "teacher_config",
+    "DiffusionNFTConfig": "trainers.nft_config",
+    "DiffusionNFTTrainer": "trainers.nft_trainer",
+    "DiffusionOPDConfig": "trainers.opd_config",
+    "DiffusionOPDTrainer": "trainers.opd_trainer",
+    "FlowGRPOConfig": "trainers.grpo_config",
+    "FlowGRPOTrainer": "trainers.grpo_trainer",
+    "StableDiffusion3SDEPipeline": "models.sd3_sde_pipeline",
+    "StableDiffusion3SDEPipelineOutput": "models.sd3_sde_pipeline",
+    "TeacherConfig": "teachers.config",
 }
 
 __all__ = [*_MODULES, "__version__"]
 
 if TYPE_CHECKING:
-    from .config import DiffusionOPDConfig as DiffusionOPDConfig
-    from .grpo_trainer import FlowGRPOTrainer as FlowGRPOTrainer
-    from .nft_trainer import DiffusionNFTTrainer as DiffusionNFTTrainer
-    from .opd_trainer import DiffusionOPDTrainer as DiffusionOPDTrainer
-    from .pipeline import StableDiffusion3SDEPipeline as StableDiffusion3SDEPipeline
-    from .pipeline_output import StableDiffusion3SDEPipelineOutput as StableDiffusion3SDEPipelineOutput
-    from .rl_config import DiffusionNFTConfig as DiffusionNFTConfig
-    from .rl_config import FlowGRPOConfig as FlowGRPOConfig
-    from .teacher_config import TeacherConfig as TeacherConfig
+    from .models.sd3_sde_pipeline import StableDiffusion3SDEPipeline as StableDiffusion3SDEPipeline
+    from .models.sd3_sde_pipeline import StableDiffusion3SDEPipelineOutput as StableDiffusion3SDEPipelineOutput
+    from .teachers.config import TeacherConfig as TeacherConfig
+    from .trainers.grpo_config import FlowGRPOConfig as FlowGRPOConfig
+    from .trainers.grpo_trainer import FlowGRPOTrainer as FlowGRPOTrainer
+    from .trainers.nft_config import DiffusionNFTConfig as DiffusionNFTConfig
+    from .trainers.nft_trainer import DiffusionNFTTrainer as DiffusionNFTTrainer
+    from .trainers.opd_config import DiffusionOPDConfig as DiffusionOPDConfig
+    from .trainers.opd_trainer import DiffusionOPDTrainer as DiffusionOPDTrainer
 
 
 def __getattr__(name: str):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m trl_diffusion_opd`, and so `accelerate launch -m trl_diffusion_opd train ...`."""
 
-from .cli import main
+from .cli.main import main
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from .base import Reward as Reward
+    from .base import Reward
     from .base import WeightedSum as WeightedSum
     from .base import weighted_sum as weighted_sum
 
@@ -24,7 +24,6 @@ REWARDS = {
     "imagereward": "imagereward:ImageRewardReward",
     "unifiedreward": "unifiedreward:UnifiedRewardReward",
 }
-
 __all__ = ["REWARDS", "Reward", "WeightedSum", "load_reward", "reward_class", "weighted_sum"]
 
 

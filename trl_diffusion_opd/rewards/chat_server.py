@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Asking a vision-language model behind an OpenAI-compatible server, such as vLLM or SGLang, about a picture."""
+"""Asking a vision-language model behind an OpenAI-compatible server, such as vLLM or SGLang, about a image."""
 
 import base64
 import io
@@ -101,16 +101,16 @@ class ChatServer:
         if self.model not in names:
             raise ChatServerError(f"The server at {self.base_url} has no model {self.model!r}. It has {names}.")
 
-    def ask(self, picture: Image.Image, text: str, *, max_tokens: int) -> str:
+    def ask(self, image: Image.Image, text: str, *, max_tokens: int) -> str:
         """
-        The answer to a text about a picture, at temperature 0.
+        The answer to a text about a image, at temperature 0.
 
         Raises:
             `ChatError`: there is no answer to this request.
             `ChatServerError`: there will be none to any.
         """
         png = io.BytesIO()
-        picture.save(png, format="PNG")
+        image.save(png, format="PNG")
         url = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
         content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]
         answer = self._request(

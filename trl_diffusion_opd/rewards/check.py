@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks the rewards on their real models, which are downloaded: published scores, and drawn pictures."""
+"""Checks the rewards on their real models, which are downloaded: published scores, and drawn images."""
 
 import io
 import math
@@ -21,20 +21,20 @@ from . import REWARDS, load_reward, reward_class
 if TYPE_CHECKING:
     from .base import Reward
 
-# The four pictures of ImageReward's README, all for this prompt. Other projects publish their scores too.
-PICTURES = [f"https://raw.githubusercontent.com/THUDM/ImageReward/main/assets/images/{i}.webp" for i in range(1, 5)]
+# The four images of ImageReward's README, all for this prompt. Other projects publish their scores too.
+IMAGES = [f"https://raw.githubusercontent.com/THUDM/ImageReward/main/assets/images/{i}.webp" for i in range(1, 5)]
 PROMPT = "a painting of an ocean with clouds and birds, day time, low depth field effect"
-_DIFFSYNTH = "README of DiffSynth-Studio's QualityMetric, pictures of THUDM/ImageReward"
+_DIFFSYNTH = "README of DiffSynth-Studio's QualityMetric, images of THUDM/ImageReward"
 
 
 @dataclass(frozen=True)
 class Published:
     """
-    Scores that somebody published for [`PICTURES`], in the scale of our reward.
+    Scores that somebody published for [`IMAGES`], in the scale of our reward.
 
     Args:
         scores (`tuple[float, ...]`):
-            One per picture.
+            One per image.
         tolerance (`float`):
             Largest difference that passes.
         source (`str`):
@@ -53,11 +53,9 @@ PUBLISHED = {
     ),
     "hpsv2": Published((0.23211, 0.20234, 0.19783, 0.19230), 0.005, _DIFFSYNTH),
     "aesthetic": Published((5.90086, 5.77657, 5.79986, 5.05205), 0.05, _DIFFSYNTH),
-    "imagereward": Published(
-        (0.58116, 0.27453, -1.41318, -2.02957), 0.02, "README of THUDM/ImageReward, its pictures"
-    ),
+    "imagereward": Published((0.58116, 0.27453, -1.41318, -2.02957), 0.02, "README of THUDM/ImageReward, its images"),
 }
-# Two cats and two remote controls on a couch: the picture that the cards of detectors of transformers use.
+# Two cats and two remote controls on a couch: the image that the cards of detectors of transformers use.
 CATS = "http://images.cocodataset.org/val2017/000000039769.jpg"
 
 
@@ -87,26 +85,26 @@ class Check:
 
 
 def draw(text: str = "", background: str = "white", shape: str | None = None, color: str = "red") -> Image.Image:
-    """A 512 x 512 picture with a word or a shape (`"circle"`, `"square"`) in its middle."""
-    picture = Image.new("RGB", (512, 512), background)
-    pen = ImageDraw.Draw(picture)
+    """A 512 x 512 image with a word or a shape (`"circle"`, `"square"`) in its middle."""
+    image = Image.new("RGB", (512, 512), background)
+    pen = ImageDraw.Draw(image)
     if shape == "circle":
         pen.ellipse((128, 128, 384, 384), fill=color)
     elif shape == "square":
         pen.rectangle((128, 128, 384, 384), fill=color)
     if text:
         pen.text((256, 256), text, fill="black", font=ImageFont.load_default(size=56), anchor="mm")
-    return picture
+    return image
 
 
-def as_images(pictures: Iterable[Image.Image]) -> torch.Tensor:
-    """Pictures of one size as a float tensor `[B, 3, H, W]` in `[0, 1]`."""
-    arrays = [np.asarray(picture.convert("RGB")) for picture in pictures]
+def as_images(images: Iterable[Image.Image]) -> torch.Tensor:
+    """Images of one size as a float tensor `[B, 3, H, W]` in `[0, 1]`."""
+    arrays = [np.asarray(image.convert("RGB")) for image in images]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
 
 
 def check_text(reward: "Reward") -> Check:
-    """A word that is drawn is read, and no word is read in a picture without one."""
+    """A word that is drawn is read, and no word is read in a image without one."""
     images = as_images([draw("Hello World"), draw("Hello World"), draw()])
     prompts = ['a sign that says "Hello World"', 'a sign that says "Grand Opening"', 'a sign that says "Hello World"']
     right, wrong, blank = reward(images, prompts)
@@ -115,16 +113,16 @@ def check_text(reward: "Reward") -> Check:
 
 
 def check_match(reward: "Reward") -> Check:
-    """Each of two drawn pictures scores higher with its own text than with that of the other."""
-    pictures = [draw(shape="circle", color="red"), draw(shape="square", color="blue", background="yellow")]
+    """Each of two drawn images scores higher with its own text than with that of the other."""
+    images = [draw(shape="circle", color="red"), draw(shape="square", color="blue", background="yellow")]
     texts = ["a red circle on a white background", "a blue square on a yellow background"]
-    scores = reward(as_images([*pictures, *pictures]), [*texts, *reversed(texts)])
+    scores = reward(as_images([*images, *images]), [*texts, *reversed(texts)])
     good = scores[0] > scores[2] and scores[1] > scores[3]
     return _check(reward, good, scores, "1st > 3rd, 2nd > 4th", "drawn shapes: right texts, then swapped")
 
 
 def check_range(reward: "Reward") -> Check:
-    """A drawn picture gets a score of the usual size."""
+    """A drawn image gets a score of the usual size."""
     scores = reward(as_images([draw(shape="circle")]), ["a red circle"])
     return _check(reward, 1 < scores[0] < 10, scores, "1 to 10", "a drawn circle")
 
@@ -142,7 +140,7 @@ def check_objects(reward: "Reward") -> Check:
     with torch.no_grad():
         named = reward.models["colors"]([draw(background=color) for color in colors], ["kite"] * len(colors))
     good = cats >= 0.5 and dog == 0 and named == colors
-    source = f"a photo of two cats, then of no dog; colors of plain pictures: {', '.join(named)}"
+    source = f"a photo of two cats, then of no dog; colors of plain images: {', '.join(named)}"
     return _check(reward, good, (cats, dog), f"0.5 or more, 0; {', '.join(colors)}", source)
 
 
@@ -159,21 +157,21 @@ RELATIONS: dict[str, Callable[["Reward"], Check]] = {
 }
 
 
-def check_published(reward: "Reward", published: Published, pictures: list[Image.Image]) -> Check:
-    """The published scores of the pictures, within the tolerance."""
-    scores = [reward(as_images([picture]), [PROMPT])[0] for picture in pictures]
+def check_published(reward: "Reward", published: Published, images: list[Image.Image]) -> Check:
+    """The published scores of the images, within the tolerance."""
+    scores = [reward(as_images([image]), [PROMPT])[0] for image in images]
     good = all(abs(a - b) <= published.tolerance for a, b in zip(scores, published.scores, strict=True))
     expected = f"{_rounded(published.scores)} +- {published.tolerance}"
     return _check(reward, good, scores, expected, published.source)
 
 
-def fetch_pictures() -> list[Image.Image]:
-    """Downloads [`PICTURES`]."""
-    pictures = []
-    for url in PICTURES:
+def fetch_images() -> list[Image.Image]:
+    """Downloads [`IMAGES`]."""
+    images = []
+    for url in IMAGES:
         with urllib.request.urlopen(url, timeout=30) as response:
-            pictures.append(Image.open(io.BytesIO(response.read())).convert("RGB"))
-    return pictures
+            images.append(Image.open(io.BytesIO(response.read())).convert("RGB"))
+    return images
 
 
 def check_rewards(rewards: "Iterable[str | Reward]" = (), device: torch.device | str | None = None) -> list[Check]:
@@ -190,7 +188,7 @@ def check_rewards(rewards: "Iterable[str | Reward]" = (), device: torch.device |
         `list[Check]`: one or more lines per reward.
     """
     checks = []
-    pictures = []
+    images = []
     for reward in rewards or REWARDS:
         name = getattr(reward, "name", reward)
         try:
@@ -202,10 +200,10 @@ def check_rewards(rewards: "Iterable[str | Reward]" = (), device: torch.device |
         steps = [RELATIONS[name]] if name in RELATIONS else []
         if name in PUBLISHED:
             try:
-                pictures = pictures or fetch_pictures()
-                steps.append(partial(check_published, published=PUBLISHED[name], pictures=pictures))
+                images = images or fetch_images()
+                steps.append(partial(check_published, published=PUBLISHED[name], images=images))
             except OSError as error:
-                checks.append(Check(name, f"no pictures: {error}", source=PUBLISHED[name].source))
+                checks.append(Check(name, f"no images: {error}", source=PUBLISHED[name].source))
         for step in steps:
             try:
                 checks.append(step(reward))

@@ -30,7 +30,7 @@ def detector_size(height: int, width: int, shortest_edge: int = SHORTEST_EDGE) -
 
 def detector_pixels(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """
-    The input of the detector: resized (bilinear, from bytes to bytes), normalised, and padded to multiples of 32.
+    The input of the detector: resized (bilinear, from bytes to bytes), normalized, and padded to multiples of 32.
 
     Args:
         images (`torch.Tensor`):

@@ -50,7 +50,7 @@ class ColorClassifier(nn.Module):
         self._texts: dict[str, torch.Tensor] = {}
 
     def text_features(self, name: str) -> torch.Tensor:
-        """One normalised embedding per color, `[10, D]`: the mean of three texts."""
+        """One normalized embedding per color, `[10, D]`: the mean of three texts."""
         if name not in self._texts:
             texts = [text.format(color=color, name=name) for color in COLORS for text in COLOR_TEMPLATES]
             length = self.clip.config.text_config.max_position_embeddings
@@ -62,16 +62,16 @@ class ColorClassifier(nn.Module):
 
     def forward(self, crops: list[Image.Image], names: list[str]) -> list[str]:
         """The color of each crop, given what it shows."""
-        pixels = clip_pixels(crops, self.clip.config.vision_config.image_size, centre=round)  # as OpenCLIP does
+        pixels = clip_pixels(crops, self.clip.config.vision_config.image_size, center=round)  # as OpenCLIP does
         images = features(self.clip.get_image_features(pixels.to(self.clip.device, self.clip.dtype))).cpu()
         texts = torch.stack([self.text_features(name) for name in names])
         return [COLORS[i] for i in (texts @ images[:, :, None]).squeeze(-1).argmax(-1).tolist()]
 
 
-def crop(picture: np.ndarray, detection: Detection) -> Image.Image:
-    """What is in the box of a detected object, `BACKGROUND` where its mask is not. `picture`: `[H, W, 3]` of bytes."""
+def crop(image: np.ndarray, detection: Detection) -> Image.Image:
+    """What is in the box of a detected object, `BACKGROUND` where its mask is not. `image`: `[H, W, 3]` of bytes."""
     left, top, right, bottom = map(int, detection.box)
-    alone = np.where(detection.mask[..., None], picture, np.uint8(BACKGROUND))
+    alone = np.where(detection.mask[..., None], image, np.uint8(BACKGROUND))
     return Image.fromarray(alone[top:bottom, left:right])
 
 
@@ -87,7 +87,7 @@ class GenEvalReward(Reward):
         clip_name_or_path (`str` or `Path`, *optional*, defaults to `"openai/clip-vit-large-patch14"`):
             The CLIP that names colors.
         strict (`bool`, *optional*, defaults to `False`):
-            Whether to give the benchmark's judgement, 1 or 0, in place of the partial score of training. For tables.
+            Whether to give the benchmark's judgment, 1 or 0, in place of the partial score of training. For tables.
         position_quirk (`bool`, *optional*, defaults to `True`):
             Whether a wrong position costs half of what it should in the partial score, as in the code of Flow-GRPO
             and DiffusionNFT. See [`~rewards.geneval_rules.partial_score`].
@@ -154,13 +154,13 @@ class GenEvalReward(Reward):
 
     def _name_colors(self, images: torch.Tensor, objects: list[dict], demands: list[dict[str, Any]]) -> None:
         wanted = [
-            (picture, detection)
-            for picture, found, line in zip(to_uint8(images), objects, demands, strict=True)
+            (image, detection)
+            for image, found, line in zip(to_uint8(images), objects, demands, strict=True)
             for detection in objects_to_color(found, line)
         ]
         if not wanted:
             return
-        crops = [crop(picture, detection) for picture, detection in wanted]
+        crops = [crop(image, detection) for image, detection in wanted]
         detections = [detection for _, detection in wanted]
         for detection, color in zip(
             detections, self.models["colors"](crops, [CLASSES[d.label] for d in detections]), strict=True

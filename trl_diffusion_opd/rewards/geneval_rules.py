@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The rules of GenEval (https://huggingface.co/papers/2310.11513) on detected objects: no model, no picture.
+The rules of GenEval (https://huggingface.co/papers/2310.11513) on detected objects: no model, no image.
 
-Two judgements exist. The benchmark asks whether the most confident `count` objects fit (`is_correct`); Flow-GRPO and
+Two judgments exist. The benchmark asks whether the most confident `count` objects fit (`is_correct`); Flow-GRPO and
 DiffusionNFT train on a partial score with exact counts (`partial_score`).
 """
 
@@ -30,7 +30,6 @@ CLASSES = (
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 RELATIONS = ("left of", "right of", "above", "below")
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-
 SCORE_THRESHOLD = 0.3
 COUNTING_SCORE_THRESHOLD = 0.9
 MAX_PER_CLASS = 16
@@ -146,7 +145,7 @@ def _position_holds(group: list[Detection], targets: list[Detection], relation: 
 
 def is_correct(objects: Objects, metadata: Mapping[str, Any]) -> bool:
     """
-    The benchmark's judgement. Only the most confident `count` objects of a class are looked at, so more of them do no
+    The benchmark's judgment. Only the most confident `count` objects of a class are looked at, so more of them do no
     harm unless an `exclude` clause forbids it.
     """
     matched: list[list[Detection] | None] = []

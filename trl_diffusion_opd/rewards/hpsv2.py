@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 # The widths of one attention head in ViT-H-14, which the shapes of the weights do not tell.
 _VISION_HEAD_WIDTH, _TEXT_HEAD_WIDTH = 80, 64
-
 # Names of OpenCLIP and of transformers, outside the blocks and inside of them.
 _OUTER = {
     "visual.class_embedding": "vision_model.embeddings.class_embedding",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ImageReward: human preference by a BLIP that reads the prompt with the picture in view. The parts of transformers."""
+"""ImageReward: human preference by a BLIP that reads the prompt with the image in view. The parts of transformers."""
 
 import math
 import re
@@ -19,7 +19,6 @@ MEAN, STD = 0.16717362830052426, 1.0333394966054072
 MAX_TOKENS = 35
 # In both towers, at every published size of ViT and BERT.
 HEAD_SIZE = 64
-
 # The names of the published weights -> those of `BlipVisionModel`; the names of the text tower are the same.
 VISION_NAMES = {
     r"^cls_token$": "embeddings.class_embedding",
@@ -94,7 +93,7 @@ class ImageRewardModel(nn.Module):
     def forward(
         self, pixel_values: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
     ) -> torch.Tensor:
-        """Scores `[B]` of pictures with the text of the same place."""
+        """Scores `[B]` of images with the text of the same place."""
         # `is_decoder` in the config is what makes the cross-attention; here it would make the text causal.
         hidden_states = self.text(
             input_ids=input_ids,
@@ -178,6 +177,6 @@ class ImageRewardReward(Reward):
         tokens = tokenizer(
             prompts, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
         ).to(self.device)
-        pixels = clip_pixels(to_pil(images), model.vision.config.image_size, centre=round)
+        pixels = clip_pixels(to_pil(images), model.vision.config.image_size, center=round)
         scores = model(pixels.to(self.device, self.dtype), tokens["input_ids"], tokens["attention_mask"])
         return scores.tolist()

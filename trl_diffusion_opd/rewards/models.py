@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..sources import PICKLE_SUFFIXES, SourceError, fetch, hub_errors, parse_source
+from ..hub.download import fetch
+from ..hub.errors import SourceError, hub_errors
+from ..hub.locations import PICKLE_SUFFIXES, parse_source
 
 
 def load_pretrained(
@@ -98,14 +100,14 @@ def from_weights(model_class: Any, config: Any, weights: dict[str, torch.Tensor]
 
 
 def features(output: Any) -> torch.Tensor:
-    """The tensor of `CLIPModel.get_image_features` or `get_text_features`, normalised, in float32."""
+    """The tensor of `CLIPModel.get_image_features` or `get_text_features`, normalized, in float32."""
     # transformers 5 returns an output object, with the projected features as `pooler_output`.
     tensor = getattr(output, "pooler_output", output).float()
     return tensor / tensor.norm(dim=-1, keepdim=True)
 
 
 def cosines(model: nn.Module, tokenizer: Any, pixels: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-    """The cosine between each picture and its own text, by a CLIP model of transformers: B values in float32."""
+    """The cosine between each image and its own text, by a CLIP model of transformers: B values in float32."""
     tokens = tokenizer(
         prompts,
         padding=True,

@@ -36,17 +36,17 @@ def quoted(prompt: str) -> str:
     return parts[1] if len(parts) > 2 else ""
 
 
-def similarity(recognised: str, target: str) -> float:
+def similarity(recognized: str, target: str) -> float:
     """
-    1 if `recognised` holds `target`, else 1 minus their edit distance by the length of `target`, at least 0. Spaces
+    1 if `recognized` holds `target`, else 1 minus their edit distance by the length of `target`, at least 0. Spaces
     and case do not count. `target` must not be empty.
     """
     from rapidfuzz.distance import Levenshtein
 
-    recognised, target = (text.replace(" ", "").lower() for text in (recognised, target))
-    if target in recognised:
+    recognized, target = (text.replace(" ", "").lower() for text in (recognized, target))
+    if target in recognized:
         return 1.0
-    return 1 - min(Levenshtein.distance(recognised, target), len(target)) / len(target)
+    return 1 - min(Levenshtein.distance(recognized, target), len(target)) / len(target)
 
 
 class OCRReward(Reward):
@@ -80,13 +80,13 @@ class OCRReward(Reward):
     def score(self, images: torch.Tensor, prompts: list[str]) -> list[float]:
         return [self._score_one(*pair) for pair in zip(to_uint8(images), prompts, strict=True)]
 
-    def _score_one(self, picture: np.ndarray, prompt: str) -> float:
+    def _score_one(self, image: np.ndarray, prompt: str) -> float:
         target = quoted(prompt)
         if not target.strip():
             return self.failed("the prompt has no text in double quotes", repr(prompt))
         try:
             with _LOCK:
-                lines = self.models["engine"](np.ascontiguousarray(picture[..., ::-1])).txts  # it wants BGR
+                lines = self.models["engine"](np.ascontiguousarray(image[..., ::-1])).txts  # it wants BGR
         except Exception as error:
             return self.failed(f"RapidOCR failed with {type(error).__name__}", error)
         return similarity("".join(lines or ()), target)

@@ -21,7 +21,7 @@ def to_uint8(images: torch.Tensor) -> np.ndarray:
 
 
 def to_pil(images: torch.Tensor) -> list[Image.Image]:
-    """Rounds `[B, 3, H, W]` in `[0, 1]` to B pictures."""
+    """Rounds `[B, 3, H, W]` in `[0, 1]` to B images."""
     return [Image.fromarray(image) for image in to_uint8(images)]
 
 
@@ -43,22 +43,22 @@ def shortest_edge(height: int, width: int, size: int) -> tuple[int, int]:
 
 
 def clip_pixels(
-    pictures: list[Image.Image], size: int = 224, *, centre: Callable[[float], int] = math.floor
+    images: list[Image.Image], size: int = 224, *, center: Callable[[float], int] = math.floor
 ) -> torch.Tensor:
     """
-    CLIP's own preprocessing: shorter edge to `size` (PIL, bicubic), centre crop, normalisation.
+    CLIP's own preprocessing: shorter edge to `size` (PIL, bicubic), center crop, normalization.
 
-    Equal to `transformers.CLIPImageProcessorPil`, or with `centre=round` to `torchvision.transforms` `Resize`,
+    Equal to `transformers.CLIPImageProcessorPil`, or with `center=round` to `torchvision.transforms` `Resize`,
     `CenterCrop` and `Normalize` on PIL's images: the two libraries round the margin of the crop differently.
 
     Returns:
         `torch.Tensor`: `[B, 3, size, size]`, float32, on the CPU.
     """
     pixels = []
-    for picture in pictures:
-        height, width = shortest_edge(picture.height, picture.width, size)
-        resized = np.asarray(picture.convert("RGB").resize((width, height), Image.Resampling.BICUBIC))
-        top, left = centre((height - size) / 2), centre((width - size) / 2)
+    for image in images:
+        height, width = shortest_edge(image.height, image.width, size)
+        resized = np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC))
+        top, left = center((height - size) / 2), center((width - size) / 2)
         pixels.append(torch.from_numpy(resized[top : top + size, left : left + size].copy()))
     return normalize(torch.stack(pixels).permute(0, 3, 1, 2).float() / 255)
 
@@ -77,7 +77,7 @@ def clip_pixels_bilinear(images: torch.Tensor, size: int = 224) -> torch.Tensor:
 
 def hps_pixels(images: torch.Tensor, size: int = 224) -> torch.Tensor:
     """
-    The preprocessing of HPSv2.1: longer edge to `size` (bicubic, on the floats), black around it, normalisation.
+    The preprocessing of HPSv2.1: longer edge to `size` (bicubic, on the floats), black around it, normalization.
     """
     height, width = images.shape[-2:]
     if max(height, width) != size:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""UnifiedReward: a vision-language model judges picture and caption in words, and its number is read from these."""
+"""UnifiedReward: a vision-language model judges image and caption in words, and its number is read from these."""
 
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -19,15 +19,13 @@ from .preprocessing import to_pil
 MAX_NEW_TOKENS = 512
 IMAGE_SIZE = 512
 MAX_SCORE = 5.0
-
-INSTRUCTION = """A picture was made from a text caption. Judge the picture in two respects:
+INSTRUCTION = """A image was made from a text caption. Judge the image in two respects:
 1. Caption: does it show what the caption says? Look at the objects, their number, attributes and relations.
 2. Quality: is it well made? Look at sharpness, detail, colors and beauty.
-First go through the elements of the caption, one per line, as 'element (type): 1' if the picture shows it and \
+First go through the elements of the caption, one per line, as 'element (type): 1' if the image shows it and \
 'element (type): 0' if not. Then give one number from 1 (very bad) to 5 (excellent) for both respects together, after \
 the words 'Final Score:'.
 Text Caption: [{prompt}]"""
-
 # Models put stars or brackets around either part.
 FINAL_SCORE = re.compile(r"Final Score[*\s]*:[*\s\[]*(\d+(?:\.\d+)?)", re.IGNORECASE)
 
@@ -50,7 +48,7 @@ class UnifiedRewardReward(Reward):
         model_name_or_path (`str` or `Path`, *optional*, defaults to `"CodeGoat24/UnifiedReward-qwen-7b"`):
             A Qwen2.5-VL; with `base_url`, the name of the model on the server.
         base_url (`str`, *optional*):
-            Address of an OpenAI-compatible server, as `http://localhost:8000/v1`. Pictures are sent there, `batch_size`
+            Address of an OpenAI-compatible server, as `http://localhost:8000/v1`. Images are sent there, `batch_size`
             at once. By default the model runs here.
         api_key_env (`str`, *optional*):
             Name of the environment variable that holds the server's key.
@@ -117,16 +115,16 @@ class UnifiedRewardReward(Reward):
             self.models["model"].to(self.device).eval().requires_grad_(False)
 
     def score(self, images: torch.Tensor, prompts: list[str]) -> list[float]:
-        pictures = [picture.resize((IMAGE_SIZE, IMAGE_SIZE)) for picture in to_pil(images)]
+        resized = [image.resize((IMAGE_SIZE, IMAGE_SIZE)) for image in to_pil(images)]
         texts = [self.instruction.replace("{prompt}", prompt) for prompt in prompts]
         if self.server:
             with ThreadPoolExecutor(len(texts), thread_name_prefix=self.name) as pool:
-                return list(pool.map(self._ask, pictures, texts))
-        return [self._read(answer) for answer in self._generate(pictures, texts)]
+                return list(pool.map(self._ask, resized, texts))
+        return [self._read(answer) for answer in self._generate(resized, texts)]
 
-    def _ask(self, picture: Image.Image, text: str) -> float:
+    def _ask(self, image: Image.Image, text: str) -> float:
         try:
-            return self._read(self.server.ask(picture, text, max_tokens=self.max_new_tokens))
+            return self._read(self.server.ask(image, text, max_tokens=self.max_new_tokens))
         except ChatError as error:
             return self.failed("the server gave no answer", error)
 
@@ -136,9 +134,9 @@ class UnifiedRewardReward(Reward):
             return self.failed("there is no score of 1 to 5 in the answer", repr(answer[-200:]))
         return score / MAX_SCORE
 
-    def _generate(self, pictures: list[Image.Image], texts: list[str]) -> list[str]:
+    def _generate(self, images: list[Image.Image], texts: list[str]) -> list[str]:
         model, tokenizer = self.models["model"], self.models["tokenizer"]
-        pixels = self.models["pixels"](pictures, return_tensors="pt")
+        pixels = self.models["pixels"](images, return_tensors="pt")
         token_id = model.config.image_token_id
         token = tokenizer.convert_ids_to_tokens(token_id)
         # One token for each square of patches that the model merges.

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables of an evaluation, as text."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...rewards.geneval_rules import TAGS
+from ...utils.markdown import table as markdown_table
+from .average import average, paper_table
+
+
+# (benchmark, reward) -> column of the paper's Table 1.
+PAPER_COLUMNS = {
+    ("geneval", "geneval"): "GenEval",
+    ("ocr", "ocr"): "OCR",
+    ("drawbench", "pickscore"): "PickScore",
+    ("drawbench", "clipscore"): "ClipScore",
+    ("drawbench", "hpsv2"): "HPSv2.1",
+    ("drawbench", "aesthetic"): "Aesthetic",
+    ("drawbench", "imagereward"): "ImageReward",
+    ("drawbench", "unifiedreward"): "UnifiedReward",
+}
+REWARD_TITLES = {reward: title for (_, reward), title in PAPER_COLUMNS.items()}
+NOTHING = "–"
+
+
+@dataclass
+class Table:
+    """
+    A table of text.
+
+    Args:
+        title (`str`):
+            What it shows.
+        header (`list[str]`), rows (`list[list[str]]`):
+            Its cells. The first column holds names.
+        notes (`list[str]`, *optional*):
+            What to know about it.
+    """
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+    notes: list[str] = field(default_factory=list)
+
+
+def make_tables(summary: dict[str, Any]) -> list[Table]:
+    """
+    The tables of a `summary.json`: the paper's Table 1 as far as it was measured, GenEval by kind of prompt, what was
+    measured beside it, where there is an Average the paper's own rows, and what the models are.
+    """
+    settings, results = summary["settings"], summary["results"]
+    models = [
+        name for name in settings["models"] if any(row["model"] == name and row["num_scored"] for row in results)
+    ]
+    paper = [row for row in results if row["built_in"] and (row["benchmark"], row["reward"]) in PAPER_COLUMNS]
+    tables = [_paper_table(summary, models, paper), _geneval_table(models, results)]
+    others: dict[str, list[dict[str, Any]]] = {}
+    for row in results:
+        if row not in paper:
+            title = settings["benchmarks"][row["benchmark"]]["title"]
+            others.setdefault(title.partition(",")[0], []).append(row)
+    for title, rows in others.items():
+        tables.append(_scores_table(title, settings, models, rows))
+    if any(value is not None for value in summary["average"].values()):
+        tables.append(_reference_table())
+    tables.append(_models_table(settings))
+    return [table for table in tables if table is not None]
+
+
+def _paper_table(summary: dict[str, Any], models: list[str], results: list[dict[str, Any]]) -> Table | None:
+    columns = [column for column in PAPER_COLUMNS.values() if any(column in row for row in summary["table"].values())]
+    if not columns:
+        return None
+    averaged = any(value is not None for value in summary["average"].values())
+    rows = []
+    for model in models:
+        cells = [_number(summary["table"][model].get(column)) for column in columns]
+        rows.append([model, *cells, *([_number(summary["average"][model])] if averaged else [])])
+    notes = [_about_errors(results, lambda row: PAPER_COLUMNS[row["benchmark"], row["reward"]]), *_failures(results)]
+    if "GenEval" in columns:
+        notes.append("GenEval: share of the images that are right. The benchmark's own mean over tags is below.")
+    if averaged:
+        notes.append(
+            "Average: mean of the columns, each relative to the smallest and the largest of the paper's rows."
+        )
+    title = "Evaluation" if len(columns) < len(PAPER_COLUMNS) else "The paper's Table 1"
+    return Table(title, ["model", *columns, *(["Average"] if averaged else [])], rows, notes)
+
+
+def _geneval_table(models: list[str], results: list[dict[str, Any]]) -> Table | None:
+    found = {row["model"]: row["geneval"] for row in results if row["benchmark"] == "geneval" and "geneval" in row}
+    found = {model: found[model] for model in models if found.get(model, {}).get("score") is not None}
+    if not found:
+        return None
+    header = ["model", *(tag.replace("_", " ") for tag in TAGS), "mean of tags", "mean of images"]
+    keys = [*TAGS, "score", "accuracy"]
+    return Table(
+        "GenEval", header, [[model, *(_number(means.get(key)) for key in keys)] for model, means in found.items()]
+    )
+
+
+def _scores_table(title: str, settings: dict[str, Any], models: list[str], results: list[dict[str, Any]]) -> Table:
+    columns = list(dict.fromkeys((row["benchmark"], row["reward"]) for row in results))
+    rewards = [reward for _, reward in columns]
+
+    def name(row: dict[str, Any]) -> str:
+        own = REWARD_TITLES[row["reward"]] if row["built_in"] else row["reward"]
+        # One reward may judge several benchmarks of a table.
+        return own if rewards.count(row["reward"]) == 1 else f"{row['benchmark'].removeprefix('shapes_')}: {own}"
+
+    titles = {(row["benchmark"], row["reward"]): name(row) for row in results}
+    values = {(row["model"], row["benchmark"], row["reward"]): row["value"] for row in results}
+    rows = [[model, *(_number(values.get((model, *column))) for column in columns)] for model in models]
+    notes = [_about_errors(results, name), *_failures(results)]
+    return Table(title, ["model", *(titles[column] for column in columns)], rows, notes)
+
+
+def _reference_table() -> Table:
+    reference = paper_table()
+    return Table(
+        "The paper's rows",
+        ["model", *reference.columns, "Average, by its rule", "Average, as printed"],
+        [
+            [
+                name,
+                *(f"{scores[column]:g}" for column in reference.columns),
+                f"{average(scores):.3f}",
+                f"{reference.published[name]:.3f}",
+            ]
+            for name, scores in reference.rows.items()
+        ],
+        [f"{reference.source}. Its printed averages do not follow from its scores by its rule, which is used here."],
+    )
+
+
+def _models_table(settings: dict[str, Any]) -> Table:
+    def loras(model: dict[str, Any]) -> str:
+        names = " + ".join(origin["name"] for origin in model["origins"]) or NOTHING
+        return f"{model['weight']:.3g} ({names})" if "weight" in model else names
+
+    rows = [[name, loras(model), f"{model['guidance_scale']:g}"] for name, model in settings["models"].items()]
+    note = (
+        f"{settings['num_inference_steps']} steps of the first-order ODE, {settings['resolution']} px, "
+        f"{settings['dtype']}, seed {settings['seed']}; base {settings['base']['origin']['name']}."
+    )
+    return Table("Models", ["model", "LoRA", "guidance"], rows, [note])
+
+
+def _about_errors(results: list[dict[str, Any]], name: Any) -> str:
+    """Images and largest standard error of each column."""
+    columns: dict[str, list[dict[str, Any]]] = {}
+    for row in results:
+        if row["num_scored"]:
+            columns.setdefault(name(row), []).append(row)
+    parts = []
+    for column, rows in columns.items():
+        numbers = sorted({row["num_scored"] for row in rows})
+        images = f"{numbers[0]:,}" if len(numbers) == 1 else f"{numbers[0]:,} to {numbers[-1]:,}"
+        errors = [row["standard_error"] for row in rows if row["standard_error"] is not None]
+        parts.append(f"{column} {images}" + (f" ({max(errors):.2g})" if errors else ""))
+    return f"Images of each model, and in brackets the largest standard error: {'; '.join(parts)}."
+
+
+def _failures(results: list[dict[str, Any]]) -> list[str]:
+    """What has no score, which the means leave out."""
+    notes = []
+    for what, count in (
+        ("Scoring failed", lambda row: row["num_failed"]),
+        ("Not scored yet", lambda row: row["num_images"] - row["num_scored"] - row["num_failed"]),
+    ):
+        parts = [
+            f"{row['reward']} on {count(row):,} of {row['num_images']:,} images of {row['model']} ({row['benchmark']})"
+            for row in results
+            if count(row)
+        ]
+        if parts:
+            notes.append(f"{what}: {'; '.join(parts)}.")
+    return notes
+
+
+def _number(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.3f}"
+
+
+def markdown(tables: Sequence[Table]) -> str:
+    """Tables as Markdown."""
+    parts = []
+    for table in tables:
+        notes = "".join(f"\n{note}\n" for note in table.notes)
+        parts.append(f"## {table.title}\n\n{markdown_table(table.header, table.rows)}\n{notes}")
+    return "\n".join(parts)

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table that tells whether a training worked: base and student on every task, and where there are teachers these too."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..models.sampler import Policy
+from .gains import gains
+from .score import score_policy
+
+
+if TYPE_CHECKING:
+    from ..data.rounds import Prompts
+    from ..trainers.base_trainer import DiffusionTrainer
+
+
+def scored_tasks(trainer: "DiffusionTrainer") -> dict[str, "Prompts"]:
+    """
+    The evaluation prompts of the tasks that have reward functions.
+
+    Raises:
+        `ValueError`: there are none.
+    """
+    tasks = {task: data for task, data in trainer.eval_datasets.items() if task in trainer.reward_funcs}
+    if not tasks:
+        raise ValueError(
+            "A comparison needs a task with prompts and a reward: pass `eval_dataset` and `reward_funcs` for it."
+        )
+    return tasks
+
+
+def compare(trainer: "DiffusionTrainer") -> dict[str, Any]:
+    """
+    Scores all models on the evaluation prompts of the tasks that have reward functions, with the same noise.
+
+    Where there are teachers, the merge adds up the updates of all their LoRAs on the base (weight 1 each), which costs
+    no training: what a student must beat. With a full-model teacher there is no merge.
+
+    Args:
+        trainer ([`DiffusionTrainer`]):
+            A trainer with an `eval_dataset` and `reward_funcs`.
+
+    Returns:
+        `dict`: `{"base": {task: score}, "student": {task: score}}`; with teachers also `"teachers": {teacher: {task:
+        score}}` and `"merge": {task: score}`; with a moving average the student is the averaged one, and
+        `"student_raw"` is there too.
+    """
+    tasks = scored_tasks(trainer)
+
+    def score(policy: Policy) -> dict[str, float]:
+        scores = score_policy(trainer, policy, tasks, description=f"Scoring {policy.name}", rewards_only=True)
+        return {task: values["reward"] for task, values in scores.items()}
+
+    base, student, *teachers = trainer.policies()
+    with trainer.student_weights(average=True):
+        results = {"base": score(base)}
+        if teachers:
+            results["teachers"] = {
+                task: score(policy) for task, policy in zip(trainer.teachers, teachers, strict=True)
+            }
+        if teachers and all(policy.model is None for policy in teachers):
+            adapters = tuple(name for policy in teachers for name in policy.adapters)
+            results["merge"] = score(Policy("merge", student.guidance_scale, adapters))
+        results["student"] = score(student)
+    if trainer.ema is not None:
+        with trainer.student_weights(average=False):
+            results["student_raw"] = score(student)
+    trainer.outcome.results = results
+    return results
+
+
+def format_table(results: dict[str, Any]) -> str:
+    """The results as a Markdown table, a row per model and a column per task."""
+    rows = {"base": results["base"]}
+    rows |= {f"teacher {name}": scores for name, scores in results.get("teachers", {}).items()}
+    names = {"merge": "merge of the teachers", "student": "**student**", "student_raw": "student, raw weights"}
+    rows |= {title: results[key] for key, title in names.items() if key in results}
+    tasks = list(results["base"])
+    width = max(map(len, rows)) + 1
+    lines = [f"| {'model':<{width}}| " + " | ".join(f"{task:>9}" for task in tasks) + " |"]
+    lines.append(f"|{'-' * (width + 1)}|" + "|".join("-" * max(11, len(task) + 2) for task in tasks) + "|")
+    for name, scores in rows.items():
+        cells = (f"{scores[task]:>{max(9, len(task))}.3f}" for task in tasks)
+        lines.append(f"| {name:<{width}}| " + " | ".join(cells) + " |")
+    if shares := gains(results):
+        cells = (f"{shares[task]:>{max(9, len(task))}.0%}" if task in shares else " " * 9 for task in tasks)
+        lines.append(f"| {'share of the gain':<{width}}| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def save_results(results: dict[str, Any], folder: str | Path) -> Path:
+    path = Path(folder) / "results.json"
+    path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    return path

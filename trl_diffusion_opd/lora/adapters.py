@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Add, switch, save and load LoRA adapters."""
+
+import copy
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ..hub.locations import DIFFUSERS_WEIGHT_NAME
+from .files import LoraWeights, read_lora, some
+
+
+@contextmanager
+def use_adapter(transformer: nn.Module, *adapter_names: str) -> Iterator[None]:
+    """
+    Activates an adapter for forwards without gradient and puts the previous one (the student) back, whatever happens.
+
+    No `requires_grad` flag is touched: the student stays trainable and the teachers stay frozen.
+
+    Args:
+        transformer (`torch.nn.Module`):
+            The model that has the adapter, without any wrapper of a parallel backend.
+        adapter_names (`str`):
+            The adapter to activate; with several, their updates add up.
+    """
+    for adapter_name in adapter_names:
+        if adapter_name not in getattr(transformer, "peft_config", {}):
+            present = sorted(getattr(transformer, "peft_config", {}))
+            raise ValueError(f"The transformer has no adapter called {adapter_name!r}; it has: {present}.")
+    with _switch(transformer, list(adapter_names), False):
+        yield
+
+
+@contextmanager
+def base_only(transformer: nn.Module) -> Iterator[None]:
+    """
+    Turns all adapters off for forwards without gradient and puts the previous state back, whatever happens.
+
+    Args:
+        transformer (`torch.nn.Module`):
+            The model, with or without adapters.
+    """
+    with _switch(transformer, None, True):
+        yield
+
+
+# Transformer -> (its adapters' configs, its tuner layers). Walking over all modules for each switch would cost more
+# than the switch itself. A new set of adapters has new config objects, which makes an entry stale.
+_TUNER_LAYERS: "weakref.WeakKeyDictionary[nn.Module, tuple[list, list[BaseTunerLayer]]]" = weakref.WeakKeyDictionary()
+
+
+def _tuner_layers(transformer: nn.Module) -> list[BaseTunerLayer]:
+    configs = list(getattr(transformer, "peft_config", {}).values())
+    known, layers = _TUNER_LAYERS.get(transformer, ([], []))
+    if len(known) != len(configs) or any(a is not b for a, b in zip(known, configs, strict=True)):
+        layers = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
+        _TUNER_LAYERS[transformer] = (configs, layers)
+    return layers
+
+
+@contextmanager
+def _switch(transformer: nn.Module, active: list[str] | None, disabled: bool) -> Iterator[None]:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "Adapters can only be switched with gradients disabled, because activation checkpointing runs the student "
+            "again during the backward and would find another adapter active. Wrap the call in `torch.no_grad()`."
+        )
+    layers = _tuner_layers(transformer)
+    # PEFT's own attributes are set, because its public `set_adapter` and `enable_adapters` also flip `requires_grad`
+    # of every adapter: that freezes the student, unfreezes the teacher and can cost as much as a forward.
+    before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
+    try:
+        for layer in layers:
+            _set_state(layer, layer._active_adapter if active is None else active, disabled)
+        yield
+    finally:
+        for layer, (was_active, was_disabled) in zip(layers, before, strict=True):
+            _set_state(layer, was_active, was_disabled)
+
+
+def _set_state(layer: BaseTunerLayer, active: str | list[str], disabled: bool) -> None:
+    layer._active_adapter = active
+    if layer._disable_adapters is not disabled:  # writing an attribute of a module is slow
+        layer._disable_adapters = disabled
+
+
+# The options that decide what a given set of tensors computes.
+_SCALING_OPTIONS = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+
+
+def add_lora(transformer: nn.Module, weights: LoraWeights, adapter_name: str) -> None:
+    """
+    Adds a LoRA to `transformer` as one more adapter, frozen and in fp32, without activating it.
+
+    Which adapter is active and which parameters require a gradient stays as it was before the call.
+
+    Args:
+        transformer (`torch.nn.Module`):
+            The model, with or without other adapters.
+        weights ([`LoraWeights`]):
+            What to add. Every tensor must find its place and every place its tensor, else a `ValueError` is raised
+            and the adapter is removed again.
+        adapter_name (`str`):
+            Name of the new adapter.
+    """
+    if adapter_name in getattr(transformer, "peft_config", {}):
+        raise ValueError(f"{weights.owner}: the transformer already has an adapter called {adapter_name!r}.")
+    flags = {id(parameter): parameter.requires_grad for parameter in transformer.parameters()}
+    tuners = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
+    # On a layer that only the new adapter touches, the active adapter must be the same as on all the others. If there
+    # is no other adapter yet, "default" is a name that no layer knows, so the base model goes on computing.
+    active = tuners[0].active_adapters if tuners else ["default"]
+
+    def restore() -> None:
+        for module in transformer.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.set_adapter(active)
+        # Last, because `set_adapter` changes the flags too.
+        for parameter in transformer.parameters():
+            parameter.requires_grad_(flags.get(id(parameter), False))
+
+    try:
+        _inject(transformer, weights, adapter_name)
+    except Exception:
+        restore()
+        if adapter_name in getattr(transformer, "peft_config", {}):
+            transformer.delete_adapters(adapter_name)
+        raise
+    restore()
+
+
+def save_lora(
+    folder: str | Path,
+    transformer: nn.Module,
+    *,
+    adapter_name: str = "default",
+    weight_name: str = DIFFUSERS_WEIGHT_NAME,
+    state_dict: dict[str, torch.Tensor] | None = None,
+) -> Path:
+    """
+    Writes one adapter so that `StableDiffusion3Pipeline.load_lora_weights` applies it exactly.
+
+    Args:
+        folder (`str` or `Path`):
+            Where to write; created if needed.
+        transformer (`torch.nn.Module`):
+            The model that has the adapter. Its other adapters are not written.
+        adapter_name (`str`, *optional*, defaults to `"default"`):
+            Which adapter to write.
+        weight_name (`str`, *optional*, defaults to `"pytorch_lora_weights.safetensors"`):
+            Name of the file.
+        state_dict (`dict[str, torch.Tensor]`, *optional*):
+            Tensors to write instead of the live ones, for example a moving average, with the names of
+            [`lora_state_dict`].
+
+    Returns:
+        `Path`: the written file.
+    """
+    # Imported here because the pipeline class brings in all of diffusers, which the readers do not need.
+    from diffusers import StableDiffusion3Pipeline
+
+    live = lora_state_dict(transformer, adapter_name)
+    if state_dict is None:
+        state_dict = live
+    else:
+        _check_tensors(state_dict, live, f"`state_dict` of adapter {adapter_name!r}")
+    options = transformer.peft_config[adapter_name].to_dict()
+    # A set has no order: sorting it makes the same adapter give the same metadata.
+    options = {name: sorted(value) if isinstance(value, set) else value for name, value in options.items()}
+    StableDiffusion3Pipeline.save_lora_weights(
+        folder,
+        transformer_lora_layers={name: tensor.detach().float().cpu() for name, tensor in state_dict.items()},
+        transformer_lora_adapter_metadata=options,
+        weight_name=weight_name,
+    )
+    return Path(folder) / weight_name
+
+
+def load_lora_into(transformer: nn.Module, source: str | Path | LoraWeights, adapter_name: str = "default") -> None:
+    """
+    Sets the tensors of an existing adapter to those of a file written by [`save_lora`] (or any that [`read_lora`] reads).
+
+    Args:
+        transformer (`torch.nn.Module`):
+            The model that has the adapter. Its active adapter and `requires_grad` flags stay as they are.
+        source (`str`, `Path` or [`LoraWeights`]):
+            The file, its folder, or what was read from it. Its tensors and its scaling must be those of the adapter,
+            else a `ValueError` is raised and nothing is changed.
+        adapter_name (`str`, *optional*, defaults to `"default"`):
+            Which adapter to set.
+    """
+    if isinstance(source, LoraWeights):
+        owner, weights = source.owner, source
+    else:
+        owner = f"adapter {adapter_name!r} from {str(source)!r}"
+        weights = read_lora(source, owner=owner)
+    _check_tensors(weights.state_dict, lora_state_dict(transformer, adapter_name), owner)
+    config = transformer.peft_config[adapter_name]
+    differing = {
+        option: (getattr(weights.config, option), getattr(config, option))
+        for option in _SCALING_OPTIONS
+        if getattr(weights.config, option) != getattr(config, option)
+    }
+    if differing:
+        raise ValueError(
+            f"{owner}: the file was saved with another LoRA config than the model has now, as (file, model): "
+            f"{differing}. Use the LoRA config of the saved run."
+        )
+    set_peft_model_state_dict(transformer, weights.state_dict, adapter_name)
+
+
+def lora_state_dict(transformer: nn.Module, adapter_name: str = "default") -> dict[str, torch.Tensor]:
+    """Returns the tensors of one adapter, named without the adapter; they share memory with the model."""
+    if adapter_name not in getattr(transformer, "peft_config", {}):
+        present = sorted(getattr(transformer, "peft_config", {}))
+        raise ValueError(f"The transformer has no adapter called {adapter_name!r}; it has: {present}.")
+    return get_peft_model_state_dict(transformer, adapter_name=adapter_name, save_embedding_layers=False)
+
+
+def lora_scaling(transformer: nn.Module, adapter_name: str = "default") -> dict[str, float]:
+    """Returns the factor that each layer of one adapter applies to `B @ A`, by module name."""
+    return {
+        name: module.scaling[adapter_name]
+        for name, module in transformer.named_modules()
+        if isinstance(module, LoraLayer) and adapter_name in module.scaling
+    }
+
+
+def _inject(transformer: nn.Module, weights: LoraWeights, adapter_name: str) -> None:
+    try:
+        with warnings.catch_warnings():
+            # PEFT asks whether several adapters are meant; they are.
+            warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+            transformer.add_adapter(copy.deepcopy(weights.config), adapter_name)
+    except ValueError as error:  # PEFT's "no module matches" is one
+        raise ValueError(
+            f"{weights.owner}: nothing of the LoRA could be applied to the transformer; it was trained for another "
+            f"base model. {error}"
+        ) from error
+    # PEFT gives the adapter the dtype of the base, and a small update does not survive being rounded to bf16.
+    for module in transformer.modules():
+        if isinstance(module, LoraLayer):
+            for name in module.adapter_layer_names:
+                parameters = getattr(module, name)
+                if adapter_name in parameters:
+                    parameters[adapter_name].to(torch.float32)
+    _check_tensors(weights.state_dict, lora_state_dict(transformer, adapter_name), weights.owner)
+    set_peft_model_state_dict(transformer, weights.state_dict, adapter_name)
+
+
+def _check_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], owner: str) -> None:
+    missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if not found.keys() & expected.keys():
+        raise ValueError(
+            f"{owner}: nothing of the LoRA could be applied to the transformer, {some(unexpected)} have no place in "
+            "it. It was trained for another base model."
+        )
+    if missing:
+        raise ValueError(
+            f"{owner}: tensors are missing that the LoRA config asks for: {some(missing)}. The file is incomplete or "
+            "the LoRA was trained for another base model."
+        )
+    if unexpected:
+        raise ValueError(
+            f"{owner}: tensors have no place in the transformer: {some(unexpected)}. The LoRA was trained for "
+            "another base model, or its config does not belong to its weights."
+        )
+    shapes = [
+        f"{name} is {list(found[name].shape)} and should be {list(expected[name].shape)}"
+        for name in sorted(expected)
+        if found[name].shape != expected[name].shape
+    ]
+    if shapes:
+        raise ValueError(f"{owner}: tensors have wrong shapes: {some(shapes)}. It was trained for another base model.")

@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loading what a run starts from: the base pipeline and the student's LoRA on it."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusion3Pipeline
+from huggingface_hub import HfApi, constants, get_cached_repo_tree
+from huggingface_hub.errors import CachedRepoTreeNotFoundError
+from peft import LoraConfig
+from torch import nn
+
+from ..hub.download import fetch, fetch_checked
+from ..hub.errors import SourceError, hub_errors
+from ..hub.locations import Origin, parse_source
+from ..lora.files import check_options
+from .sd3_sde_pipeline import StableDiffusion3SDEPipeline
+
+
+STUDENT = "default"  # the only adapter name that diffusers' LoRA metadata helpers know
+# The attention projections of image and text stream: what the published teachers were trained on.
+ATTENTION_TARGETS = [
+    "attn.to_q",
+    "attn.to_k",
+    "attn.to_v",
+    "attn.to_out.0",
+    "attn.add_q_proj",
+    "attn.add_k_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+]
+
+
+def check_pipeline(
+    model: str | Path | StableDiffusion3Pipeline, init_kwargs: dict[str, Any] | None = None, *, owner: str = "model"
+) -> Origin:
+    """
+    Looks for a pipeline's index before anything large is fetched. diffusers' own errors do not tell a misspelt name
+    from a gated model.
+
+    Args:
+        model (`str` or `Path` or [`~diffusers.StableDiffusion3Pipeline`]):
+            `owner/repo[@revision]` on the Hub, local folder, or a pipeline in memory.
+        init_kwargs (`dict`, *optional*):
+            Arguments of `from_pretrained`.
+        owner (`str`, *optional*, defaults to `"model"`):
+            Who needs it, for the error messages.
+
+    Returns:
+        [`Origin`]: where the pipeline comes from; for the Hub with the commit to load.
+
+    Raises:
+        `ValueError`: a local folder without a pipeline, or nothing that names one.
+        `SourceError`: the model cannot be found or fetched; the message says what to do.
+    """
+    if isinstance(model, StableDiffusion3Pipeline):
+        return Origin.of_model(model)
+    if not isinstance(model, (str, Path)):
+        raise ValueError(
+            f"`model` must be a Hub id, a local folder or a `StableDiffusion3Pipeline`, but is a {type(model)}."
+        )
+    source, kwargs = parse_source(model, kind="model"), dict(init_kwargs or {})
+    if source.path is None:
+        if source.subfolder is not None or (source.revision and "revision" in kwargs):
+            raise ValueError(
+                f"`model` must be `owner/repo` or `owner/repo@revision`, but is {model!r}"
+                f"{' with a `revision` in `model_init_kwargs` too' if source.revision else ''}."
+            )
+        source = replace(source, revision=source.revision or kwargs.get("revision"))
+        return Origin.of_source(source, fetch(source, "model_index.json", owner, **_access(kwargs)).commit)
+    if not source.path.is_dir():
+        raise SourceError(f"{owner}: there is no folder {str(model)!r}. Check the spelling.")
+    if not (source.path / "model_index.json").is_file():
+        raise ValueError(
+            f"`model`: the folder {str(model)!r} has no `model_index.json`. Pass the folder of a whole pipeline, as "
+            "`pipeline.save_pretrained` writes it."
+        )
+    return Origin.of_source(source, None)
+
+
+def load_pipeline(
+    model: str | Path | StableDiffusion3Pipeline,
+    dtype: torch.dtype,
+    init_kwargs: dict[str, Any] | None = None,
+    *,
+    origin: Origin | None = None,
+) -> StableDiffusion3SDEPipeline:
+    """
+    Loads the base pipeline, frozen; the VAE in float32 whatever the rest is in, as in the published recipe.
+
+    Args:
+        model (`str` or `Path` or [`~diffusers.StableDiffusion3Pipeline`]):
+            Hub id, local folder, or a pipeline in memory. Its components are used as they are: they are frozen, the
+            transformer gets adapters, the VAE is converted to float32, and the text encoders move between devices.
+        dtype (`torch.dtype`):
+            Precision of the weights, unless `init_kwargs` has a `dtype` (a `torch.dtype` or its name).
+        init_kwargs (`dict`, *optional*):
+            Passed on to `from_pretrained`.
+        origin ([`Origin`], *optional*):
+            What [`check_pipeline`] returned, whose commit is loaded.
+
+    Raises:
+        `ValueError`: the model is no SD3 pipeline, or its transformer has adapters already.
+        `SourceError`: the model cannot be found or fetched.
+    """
+    origin = origin or check_pipeline(model, init_kwargs)
+    if isinstance(model, StableDiffusion3Pipeline):
+        pipeline = StableDiffusion3SDEPipeline(**model.components)
+    else:
+        kwargs = dict(init_kwargs or {})
+        chosen = kwargs.pop("dtype", kwargs.pop("torch_dtype", dtype))
+        chosen = getattr(torch, chosen) if isinstance(chosen, str) else chosen
+        dtypes = chosen if isinstance(chosen, dict) else {"default": chosen, "vae": torch.float32}
+        kwargs.pop("revision", None)
+        folder = fetch_pipeline(origin, kwargs) if origin.repo_id else Path(model).expanduser()
+        pipeline = StableDiffusion3SDEPipeline.from_pretrained(folder, dtype=dtypes, **kwargs)
+        pipeline.register_to_config(_name_or_path=origin.repo_id or str(model))
+    if adapters := getattr(pipeline.transformer, "peft_config", None):
+        raise ValueError(
+            f"`model`: its transformer has adapters already ({', '.join(adapters)}). Merge them "
+            "(`pipe.fuse_lora(); pipe.unload_lora_weights()`) or load the pipeline without them."
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    for component in pipeline.components.values():
+        if isinstance(component, nn.Module):
+            component.requires_grad_(False)
+            component.eval()
+    if pipeline.vae.dtype != torch.float32:
+        pipeline.vae.to(torch.float32)
+    return pipeline
+
+
+def fetch_pipeline(origin: Origin, init_kwargs: dict[str, Any], *, owner: str = "model") -> Path:
+    """
+    Makes sure that the files which `from_pretrained` needs are on this machine, and returns their folder. What is
+    downloaded now is checked; to read all that was in the cache again would take long for models of many gigabytes.
+    """
+    source, access = parse_source(origin.name), _access(init_kwargs)
+    index = fetch(source, "model_index.json", owner, commit=origin.commit, **access).path
+    cached = set(index.parent.rglob("*"))
+
+    def download() -> Path:
+        return Path(StableDiffusion3SDEPipeline.download(origin.repo_id, revision=origin.commit, **init_kwargs))
+
+    with hub_errors(source, owner):
+        _keep_list_of_files(origin, access)
+        return fetch_checked(download, source, owner, lambda folder: sorted(set(folder.rglob("*")) - cached))
+
+
+def _keep_list_of_files(origin: Origin, access: dict[str, Any]) -> None:
+    """
+    Has the cache know which files a repository has. If it does not, and the Hub does not answer diffusers' question,
+    then diffusers takes the files that are in the cache for all there are.
+    """
+    api = HfApi(token=access.get("token"))
+    try:
+        get_cached_repo_tree(origin.repo_id, revision=origin.commit, cache_dir=access.get("cache_dir"))
+    except CachedRepoTreeNotFoundError:
+        if not constants.HF_HUB_OFFLINE and not access.get("local_files_only"):
+            for _ in api.list_repo_tree(origin.repo_id, recursive=True, revision=origin.commit):
+                pass  # raises if the Hub does not answer, which the next call does not
+            api.snapshot_download(
+                origin.repo_id,
+                revision=origin.commit,
+                cache_dir=access.get("cache_dir"),
+                allow_patterns="model_index.json",
+            )
+
+
+def _access(init_kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {key: init_kwargs[key] for key in ("token", "cache_dir", "local_files_only") if key in init_kwargs}
+
+
+def latent_shape(
+    pipe: StableDiffusion3Pipeline, height: int | None = None, width: int | None = None
+) -> tuple[int, int, int]:
+    """
+    Channels, height and width of the latents of a image, by default of the model's own size.
+
+    Raises:
+        `ValueError`: a size that the model cannot draw.
+    """
+    default = pipe.default_sample_size * pipe.vae_scale_factor
+    multiple = pipe.vae_scale_factor * pipe.patch_size
+    size = {"height": height or default, "width": width or default}
+    for name, pixels in size.items():
+        if pixels % multiple:
+            raise ValueError(
+                f"`{name}` must be a multiple of {multiple} (VAE factor x patch size), but is {pixels}. Use "
+                f"{round(pixels / multiple) * multiple}."
+            )
+        if pixels // multiple > pipe.transformer.config.pos_embed_max_size:
+            most = pipe.transformer.config.pos_embed_max_size * multiple
+            raise ValueError(f"`{name}` must be at most {most} for this model, but is {pixels}.")
+    channels = pipe.transformer.config.in_channels
+    return channels, size["height"] // pipe.vae_scale_factor, size["width"] // pipe.vae_scale_factor
+
+
+def default_lora(**overrides: Any) -> LoraConfig:
+    """The student's LoRA of the published recipe, with fields of [`~peft.LoraConfig`] replaced by `overrides`."""
+    settings = {"r": 32, "lora_alpha": 64, "init_lora_weights": "gaussian", "target_modules": ATTENTION_TARGETS}
+    return LoraConfig(**{**settings, **overrides})
+
+
+def add_student(transformer: nn.Module, peft_config: LoraConfig | None) -> dict[str, nn.Parameter]:
+    """
+    Adds the student's LoRA as the active, trainable adapter `"default"`, in float32 whatever the base is in.
+
+    Args:
+        transformer (`torch.nn.Module`):
+            The base transformer, frozen.
+        peft_config (`LoraConfig`, *optional*):
+            By default [`default_lora`].
+
+    Returns:
+        `dict[str, torch.nn.Parameter]`: the parameters to train, by name.
+
+    Raises:
+        `ValueError`: a config that trains or changes anything beside LoRA matrices, or with dropout.
+    """
+    peft_config = peft_config or default_lora()
+    check_options(peft_config.to_dict(), "`peft_config`", "the student")
+    if peft_config.lora_dropout:
+        raise ValueError(
+            f"`peft_config` has `lora_dropout={peft_config.lora_dropout}`, but the student is rolled out and trained in "
+            "one pass: dropout would be noise in its trajectory and in what it is compared by. Set `lora_dropout=0`."
+        )
+    transformer.add_adapter(peft_config, adapter_name=STUDENT)
+    parameters = {name: p for name, p in transformer.named_parameters() if f".{STUDENT}." in name}
+    for parameter in parameters.values():
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+    return parameters

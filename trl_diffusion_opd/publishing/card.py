@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model card of a run, rendered from its record alone."""
+
+import math
+from importlib import resources
+
+import jinja2
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..hub.locations import DIFFUSERS_WEIGHT_NAME
+from . import card_sections as card_parts
+from .card_sections import benchmark_results, benchmark_table
+from .record import RunRecord
+
+
+# What a LoRA gallery of the Hub looks for.
+_GALLERY_TAGS = ("text-to-image", "diffusers", "diffusers-training", "lora", "template:sd-lora")
+_SD35 = "stabilityai/stable-diffusion-3.5-"
+
+
+def render_card(
+    record: RunRecord,
+    *,
+    model_name: str | None = None,
+    dataset_name: str | list[str] | None = None,
+    tags: str | list[str] | None = None,
+) -> ModelCard:
+    """
+    The model card of a run.
+
+    Args:
+        record ([`RunRecord`]):
+            The run. Nothing else is looked at: no file, no network.
+        model_name (`str`, *optional*):
+            Title; by default the name of the run.
+        dataset_name (`str` or `list[str]`, *optional*):
+            Hub ids of datasets to name beside those that the record has.
+        tags (`str` or `list[str]`, *optional*):
+            Tags to add.
+    """
+    title = model_name or record.name
+    environment = jinja2.Environment(
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
+    )
+    template = (resources.files(__package__) / "templates" / "model_card.md").read_text(encoding="utf-8")
+    text = environment.from_string(template).render(
+        front_matter=front_matter(record, title, _listed(dataset_name), _listed(tags)).to_yaml(),
+        title=title,
+        record=record,
+        parts=card_parts,
+        benchmarks=benchmark_table(record),
+        weight_name=DIFFUSERS_WEIGHT_NAME,
+        settings=yaml.safe_dump(record.settings, allow_unicode=True).strip(),
+    )
+    return ModelCard(text)
+
+
+def front_matter(record: RunRecord, title: str, datasets: list[str], tags: list[str]) -> ModelCardData:
+    """What the Hub reads of a card."""
+    base = record.base.repo_id
+    origins = [prompts.origin for prompts in (*record.prompts, *record.eval_prompts)]
+    datasets = [*(origin.repo_id for origin in origins if origin.repo_id is not None), *datasets]
+    sd35 = ["sd3.5", "sd3.5-diffusers"] if base and base.startswith(_SD35) else []
+    results = [*eval_results(record), *benchmark_results(record)]
+    return ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        base_model=base,
+        base_model_relation="adapter" if base else None,
+        license=record.base_license.id,
+        license_name=record.base_license.name,
+        license_link=record.base_license.link,
+        datasets=list(dict.fromkeys(datasets)) or None,
+        tags=[*_GALLERY_TAGS, *sd35, *record.tags, *tags],
+        widget=[{"text": image.prompt, "output": {"url": image.file}} for image in record.gallery] or None,
+        model_name=title if results else None,
+        eval_results=results or None,
+    )
+
+
+def eval_results(record: RunRecord) -> list[EvalResult]:
+    """Scores of this LoRA in the form of the Hub's `model-index`."""
+    prompts = {prompts.task: prompts.origin for prompts in record.eval_prompts}
+    return [
+        EvalResult(
+            task_type="text-to-image",
+            task_name="Text-to-Image",
+            dataset_type=prompts[task].repo_id or card_parts.slug(prompts[task].name),
+            dataset_name=prompts[task].name,
+            dataset_revision=prompts[task].commit,
+            metric_type="+".join(record.reward_names[task]),
+            metric_name=f"mean reward {' + '.join(record.reward_names[task])}",
+            metric_value=round(value, 4),
+        )
+        for task, value in card_parts.student_scores(record).items()
+        if math.isfinite(value)
+    ]
+
+
+def _listed(value: str | list[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a teacher is, in all the ways that it can be named, and which task it teaches."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..hub.locations import Source, check_not_pickle, parse_source
+
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, SD3Transformer2DModel
+
+
+@dataclass
+class TeacherConfig:
+    r"""
+    Where one teacher comes from and how it is queried.
+
+    Args:
+        name_or_path (`str`, `Path`, `SD3Transformer2DModel` or `DiffusionPipeline`):
+            A LoRA as a local file or folder or as `"owner/repo"`, `"owner/repo/sub/folder"` or
+            `"owner/repo/sub/folder@revision"` on the Hub; or a full model, already loaded.
+        subfolder (`str`, *optional*):
+            Folder of the LoRA inside the repository or the local folder.
+        revision (`str`, *optional*):
+            Branch, tag or commit of the Hub repository.
+        weight_name (`str`, *optional*):
+            Safetensors file to load, if it has not one of the usual names.
+        guidance_scale (`float`, *optional*):
+            Classifier-free guidance of this teacher. Not set means the one of the student. A teacher that was trained
+            without guidance should be queried at 1.0.
+        task (`str`, *optional*):
+            Task this teacher teaches, needed if the teachers are given as a list.
+
+    Example:
+
+    ```python
+    >>> TeacherConfig("quanhaol/DiffusionOPD", subfolder="GenEvalTeacher/lora", guidance_scale=1.0)
+    ```
+    """
+
+    name_or_path: "str | Path | SD3Transformer2DModel | DiffusionPipeline" = field(
+        metadata={
+            "help": "A LoRA as a local file or folder or as `owner/repo/sub/folder@revision` on the Hub; or a full "
+            "model, already loaded."
+        },
+    )
+    subfolder: str | None = field(
+        default=None, metadata={"help": "Folder of the LoRA inside the repository or the local folder."}
+    )
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the Hub repository."})
+    weight_name: str | None = field(
+        default=None, metadata={"help": "Safetensors file to load, if it has not one of the usual names."}
+    )
+    guidance_scale: float | None = field(
+        default=None,
+        metadata={
+            "help": "Classifier-free guidance of this teacher. Not set means the one of the student. A teacher that "
+            "was trained without guidance should be queried at 1.0."
+        },
+    )
+    task: str | None = field(
+        default=None, metadata={"help": "Task this teacher teaches, needed if the teachers are given as a list."}
+    )
+
+    def __post_init__(self):
+        scale = self.guidance_scale
+        if scale is not None and not (_is_number(scale) and math.isfinite(scale) and scale >= 0):
+            raise ValueError(f"`guidance_scale` of a teacher must be a finite number of at least 0, but is {scale!r}.")
+        if isinstance(self.name_or_path, str | Path):
+            self.source()
+        else:
+            full_model(self.name_or_path)
+            for name in ("subfolder", "revision", "weight_name"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"`{name}={getattr(self, name)!r}` was given for a teacher that is already loaded as a "
+                        f"{type(self.name_or_path).__name__}. Leave it out, or pass a path or a Hub name."
+                    )
+
+    def source(self) -> Source:
+        """Returns the location of a LoRA teacher, with the subfolder and the revision put in."""
+        source = parse_source(self.name_or_path)
+        for name in ("subfolder", "revision"):
+            if getattr(self, name) is not None and getattr(source, name) is not None:
+                raise ValueError(
+                    f"The {name} of a teacher was given twice: {getattr(source, name)!r} in {self.name_or_path!r} and "
+                    f"`{name}={getattr(self, name)!r}`. Keep one of them."
+                )
+        if self.weight_name is not None:
+            check_not_pickle(self.weight_name, f"teacher {source}")
+        if source.path is not None:
+            if self.revision is not None:
+                raise ValueError(
+                    f"`revision={self.revision!r}` was given for the local teacher {str(source.path)!r}, but only Hub "
+                    "repositories have revisions. Leave it out."
+                )
+            return Source(path=source.path / self.subfolder if self.subfolder else source.path)
+        return Source(source.repo_id, self.subfolder or source.subfolder, self.revision or source.revision)
+
+
+def normalize_teachers(teachers: Mapping[str, Any] | Iterable[Any]) -> dict[str, TeacherConfig]:
+    """
+    Brings all ways to name the teachers into one: a dict from task to [`TeacherConfig`].
+
+    Args:
+        teachers (`Mapping` or `Iterable`):
+            Either a mapping from task to a path, a Hub name, a [`TeacherConfig`], a dict with its fields, or a loaded
+            `SD3Transformer2DModel` or pipeline; or a list of [`TeacherConfig`] or dicts, each with its `task`.
+
+    Returns:
+        `dict[str, TeacherConfig]`: one entry per task, in the given order. A loaded model is its `name_or_path`.
+    """
+    if isinstance(teachers, str | Path | TeacherConfig):
+        raise TypeError(f"`teachers` must map each task to a teacher, as in {{'ocr': teacher}}, but is {teachers!r}.")
+    if isinstance(teachers, Mapping):
+        pairs = [(task, _as_config(teacher, f"the teacher of task {task!r}")) for task, teacher in teachers.items()]
+    else:
+        configs = [_as_config(teacher, f"teacher number {i}") for i, teacher in enumerate(teachers)]
+        pairs = [(config.task, config) for config in configs]
+    if not pairs:
+        raise ValueError("`teachers` is empty. Give at least one, as in {'ocr': 'owner/repo/subfolder'}.")
+    normalized: dict[str, TeacherConfig] = {}
+    seen: dict[str, str] = {}
+    for task, config in pairs:
+        if task is None:
+            raise ValueError(f"{config!r} has no `task`. In a list of teachers each must name the task it teaches.")
+        if not isinstance(task, str) or not task or task != task.strip():
+            raise ValueError(f"A task must be a non-empty string without spaces around it, but is {task!r}.")
+        if config.task is not None and config.task != task:
+            raise ValueError(f"The teacher under task {task!r} says `task={config.task!r}`. Leave out one of the two.")
+        if task.lower() in seen:
+            raise ValueError(
+                f"The tasks {seen[task.lower()]!r} and {task!r} are the same up to the case, but a task must be bound "
+                "to one teacher only. Rename or remove one of them."
+            )
+        seen[task.lower()] = task
+        normalized[task] = config
+    return normalized
+
+
+def check_tasks(teachers: Iterable[str], prompts: Iterable[str]) -> None:
+    """
+    Raises a `ValueError` unless the tasks of the teachers are exactly the tasks of the prompts.
+
+    Args:
+        teachers (`Iterable[str]`):
+            Tasks of the teachers, for example the dict that [`normalize_teachers`] returns.
+        prompts (`Iterable[str]`):
+            Tasks of the prompts: a `task` column, or a mapping from task to prompts, in which an empty list is as good
+            as none.
+    """
+    if isinstance(prompts, Mapping):
+        prompts = [task for task, rows in prompts.items() if len(rows) > 0]
+    taught, asked = sorted(set(teachers)), sorted(set(prompts))
+    problems = []
+    if unknown := sorted(set(asked) - set(taught)):
+        problems.append(f"there are prompts of tasks without a teacher: {unknown}")
+    if idle := sorted(set(taught) - set(asked)):
+        problems.append(f"there are teachers without prompts: {idle}")
+    if problems:
+        raise ValueError(
+            f"The tasks of the teachers {taught} and of the prompts {asked} must be the same, but "
+            f"{' and '.join(problems)}. Rename the tasks, or add or remove what is left over."
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _as_config(teacher: Any, which: str) -> TeacherConfig:
+    if isinstance(teacher, TeacherConfig):
+        return teacher
+    if not isinstance(teacher, Mapping):
+        return TeacherConfig(teacher)
+    names = [item.name for item in fields(TeacherConfig)]
+    if "name_or_path" not in teacher or not set(teacher) <= set(names):
+        raise ValueError(
+            f"{which.capitalize()} must be a dict with `name_or_path` and, if needed, other fields out of {names}, "
+            f"but has the fields {list(teacher)}."
+        )
+    return TeacherConfig(**teacher)
+
+
+def full_model(teacher: Any) -> "SD3Transformer2DModel":
+    """Returns the transformer of a teacher that was given as an object."""
+    from diffusers import DiffusionPipeline, SD3Transformer2DModel
+
+    model = getattr(teacher, "transformer", None) if isinstance(teacher, DiffusionPipeline) else teacher
+    if not isinstance(model, SD3Transformer2DModel):
+        raise TypeError(
+            "A teacher must be a path or Hub name of a LoRA, a `TeacherConfig`, a dict with its fields, an "
+            f"`SD3Transformer2DModel` or a pipeline that has one, but is a {type(teacher).__name__}."
+        )
+    return model

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The teachers, loaded beside the student and frozen."""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..hub.download import resolve
+from ..hub.locations import Origin, Resolved
+from ..lora.adapters import add_lora, lora_scaling, lora_state_dict
+from ..lora.files import read_lora
+from .config import TeacherConfig, full_model, normalize_teachers
+
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+
+@dataclass
+class Teacher:
+    """
+    A loaded teacher: an adapter on the student's transformer or a model of its own.
+
+    Args:
+        name (`str`):
+            The task it teaches.
+        guidance_scale (`float`):
+            Classifier-free guidance it is queried with.
+        adapter_name (`str`, *optional*):
+            Its adapter on the student's transformer; not set for a full model.
+        model (`torch.nn.Module`, *optional*):
+            The full model; not set for an adapter.
+        fingerprint (`str`):
+            SHA-256 of its weights as loaded. See [`teacher_fingerprint`].
+        source (`str`):
+            Where it came from, as it was named.
+        origin ([`Origin`]):
+            Where it came from, with the Hub commit and without naming this machine.
+    """
+
+    name: str
+    guidance_scale: float
+    adapter_name: str | None
+    model: nn.Module | None = field(repr=False)
+    fingerprint: str
+    source: str
+    origin: Origin
+
+    @property
+    def commit(self) -> str | None:
+        """The Hub commit it came from."""
+        return self.origin.commit
+
+
+def fetch_teachers(configs: Mapping[str, TeacherConfig]) -> dict[str, Resolved]:
+    """
+    Makes sure that the files of all LoRA teachers are on this machine.
+
+    Args:
+        configs (`Mapping[str, TeacherConfig]`):
+            What [`normalize_teachers`] returns.
+
+    Returns:
+        `dict[str, Resolved]`: the files of each LoRA teacher, by task.
+
+    Raises:
+        `SourceError`: one cannot be found or fetched; the message says what to do.
+    """
+    return {
+        task: resolve(config.source(), weight_name=config.weight_name, owner=_owner(task, config))
+        for task, config in configs.items()
+        if isinstance(config.name_or_path, str | Path)
+    }
+
+
+def _owner(task: str, config: TeacherConfig) -> str:
+    return f"teacher {task!r} ({config.source()})"
+
+
+def load_teachers(
+    teachers: Mapping[str, Any] | Iterable[Any],
+    transformer: nn.Module,
+    *,
+    guidance_scale: float,
+    vae: "AutoencoderKL | None" = None,
+    files: Mapping[str, Resolved] | None = None,
+    show_progress: bool = True,
+) -> dict[str, Teacher]:
+    """
+    Loads all teachers, frozen: LoRAs as fp32 adapters `teacher_<i>` on `transformer`, full models as they are.
+
+    The active adapter of `transformer` and its trainable parameters stay as they were.
+
+    Args:
+        teachers (`Mapping` or `Iterable`):
+            Anything that [`normalize_teachers`] takes.
+        transformer (`torch.nn.Module`):
+            The student's transformer.
+        guidance_scale (`float`):
+            Guidance of the student, for the teachers that set none.
+        vae (`AutoencoderKL`, *optional*):
+            The student's VAE. If given, that of a teacher pipeline must have the same latents.
+        files (`Mapping[str, Resolved]`, *optional*):
+            What [`fetch_teachers`] returned, which is called if it is not given.
+        show_progress (`bool`, *optional*, defaults to `True`):
+            Whether to show a progress bar.
+
+    Returns:
+        `dict[str, Teacher]`: the loaded teachers by task.
+    """
+    loaded = {}
+    configs = normalize_teachers(teachers)
+    files = fetch_teachers(configs) if files is None else files
+    for index, (task, config) in enumerate(tqdm(configs.items(), desc="Loading teachers", disable=not show_progress)):
+        teacher = Teacher(
+            name=task,
+            guidance_scale=float(guidance_scale if config.guidance_scale is None else config.guidance_scale),
+            adapter_name=None,
+            model=None,
+            fingerprint="",
+            source="",
+            origin=Origin(""),
+        )
+        if isinstance(config.name_or_path, str | Path):
+            source, resolved, owner = config.source(), files[task], _owner(task, config)
+            teacher.adapter_name = f"teacher_{index}"
+            teacher.source, teacher.origin = str(source), Origin.of_source(source, resolved.commit)
+            weight_name = config.weight_name if resolved.path.is_dir() else None
+            add_lora(transformer, read_lora(resolved.path, weight_name=weight_name, owner=owner), teacher.adapter_name)
+        else:
+            teacher.model = full_model(config.name_or_path)
+            name = teacher.model.config.get("_name_or_path")
+            teacher.source = str(name or type(teacher.model).__name__)
+            teacher.origin = Origin.of_model(config.name_or_path)
+            _check_full_model(task, config.name_or_path, teacher.model, transformer, vae)
+            teacher.model.eval().requires_grad_(False)
+        teacher.fingerprint = teacher_fingerprint(teacher, transformer)
+        loaded[task] = teacher
+    return loaded
+
+
+def teacher_fingerprint(teacher: Teacher, transformer: nn.Module) -> str:
+    """
+    Computes the SHA-256 of the live weights of a teacher: names, dtypes, shapes, bytes and, for a LoRA, the scaling.
+
+    Args:
+        teacher ([`Teacher`]):
+            The teacher.
+        transformer (`torch.nn.Module`):
+            The student's transformer, which holds the adapters.
+
+    Returns:
+        `str`: the hexadecimal digest. It equals `teacher.fingerprint` as long as nothing changed the teacher.
+    """
+    digest = hashlib.sha256()
+    if teacher.model is not None:
+        tensors = teacher.model.state_dict()
+    else:
+        tensors = lora_state_dict(transformer, teacher.adapter_name)
+        for name, scaling in sorted(lora_scaling(transformer, teacher.adapter_name).items()):
+            digest.update(f"{name} {float(scaling)!r}\n".encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _check_full_model(task: str, given: Any, model: nn.Module, transformer: nn.Module, vae: nn.Module | None) -> None:
+    if model is transformer:
+        raise ValueError(
+            f"The teacher of task {task!r} is the student's own transformer. Load the teacher as a separate model."
+        )
+    for name in ("in_channels", "out_channels", "joint_attention_dim", "pooled_projection_dim"):
+        theirs, ours = model.config[name], transformer.config[name]
+        if theirs != ours:
+            raise ValueError(
+                f"The teacher of task {task!r} has `{name}={theirs}` but the student has `{name}={ours}`. They are "
+                "given the same latents and the same text embeddings: use a teacher of the same model family."
+            )
+    if given is model or vae is None or getattr(given, "vae", None) is None:
+        return
+    for name in ("latent_channels", "scaling_factor", "shift_factor"):
+        theirs, ours = given.vae.config[name], vae.config[name]
+        if theirs != ours:
+            raise ValueError(
+                f"The VAE of the teacher of task {task!r} has `{name}={theirs}` but that of the student has "
+                f"`{name}={ours}`. They must share the latent space: use a teacher with the same VAE."
+            )

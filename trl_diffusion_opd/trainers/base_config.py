@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The settings that all trainers of a LoRA diffusion student share."""
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers.utils import is_torch_bf16_gpu_available
+from trl.trainer.base_config import _BaseConfig
+
+from ..sampling.transitions import check_solver
+from ..utils.distributed import check_processes
+
+
+@dataclass
+class DiffusionConfig(_BaseConfig):
+    r"""
+    Settings that the trainers of this package share.
+
+    This class includes only the parameters that are specific to diffusion models. For a full list of training
+    arguments, please refer to the [`~transformers.TrainingArguments`] documentation. Note that default values in this
+    class may differ from those in [`~transformers.TrainingArguments`].
+
+    Parameters:
+        > Parameters that control the model
+
+        model_init_kwargs (`dict` or `str`, *optional*):
+            Keyword arguments for `from_pretrained`, used when the `model` argument of the trainer is a string. The
+            weights are loaded in the training precision unless `dtype` is given here.
+
+        > Parameters that control the rollout
+
+        height (`int`, *optional*):
+            Height of the images in pixels. Defaults to the pipeline's own.
+        width (`int`, *optional*):
+            Width of the images in pixels. Defaults to the pipeline's own.
+        num_inference_steps (`int`, *optional*, defaults to `10`):
+            Number of denoising steps of the student's rollout.
+        guidance_scale (`float`, *optional*, defaults to `4.5`):
+            Classifier-free guidance of the student, and of teachers that do not set their own. The guided velocity is
+            the one that is trained. The unconditional branch runs only above 1.
+        solver (`str`, *optional*, defaults to `"flow"`):
+            Sampler of the rollout: `"flow"`, `"dance"`, `"cps"`, `"ddim"`, `"dpm1"` or `"dpm2"`.
+        noise_level (`float`, *optional*, defaults to `0.0`):
+            Scale `a` of the noise injected at each step. 0 samples the ODE and trains with mean matching (Eq. 12);
+            above 0 the SDE is sampled and the closed-form KL divergence is trained (Eq. 11).
+        skip_last_steps (`int`, *optional*, defaults to `1`):
+            Number of steps at the end of the rollout that are not trained. The last step of SD3.5's schedule moves
+            next to nothing.
+        max_sequence_length (`int`, *optional*, defaults to `128`):
+            Length of the T5 prompt in tokens.
+
+        > Parameters that control the tasks
+
+        task_weights (`dict[str, int]` or `str`, *optional*):
+            Number of batches that a task gets in each round; 1 for tasks that are not named. The loss is the mean over
+            all batches of the round.
+        prompt_column (`str`, *optional*, defaults to `"prompt"`):
+            Column of the datasets that holds the prompt.
+
+        > Parameters that control the text encoders
+
+        prompt_cache_size (`int`, *optional*, defaults to `512`):
+            Number of prompts whose embeddings are kept in CPU memory. They are encoded ahead of the rounds in chunks
+            of this size (about 1.7 MB a prompt for SD3.5 in bfloat16).
+        prompt_batch_size (`int`, *optional*, defaults to `16`):
+            Number of prompts encoded at once.
+        offload_text_encoders (`bool`, *optional*, defaults to `True`):
+            Whether to keep the text encoders off the GPU while they are not encoding.
+
+        > Parameters that control the moving average
+
+        ema_decay (`float`, *optional*):
+            Keep an exponential moving average of the student's LoRA with this decay (the published recipe: 0.9),
+            warmed up as `(1 + n) / (10 + n)` where `n` counts optimizer steps. The average is what is evaluated and
+            saved; the raw weights are evaluated and saved beside it.
+        ema_update_every (`int`, *optional*, defaults to `8`):
+            Number of optimizer steps between two updates of the average.
+
+        > Parameters that control evaluation and image grids
+
+        eval_num_inference_steps (`int`, *optional*):
+            Number of denoising steps at evaluation. Defaults to `num_inference_steps`.
+        eval_guidance_scale (`float`, *optional*):
+            Guidance of the student at evaluation. Defaults to `guidance_scale`.
+        eval_noise_level (`float`, *optional*, defaults to `0.0`):
+            Noise level at evaluation. 0 samples the ODE.
+        num_eval_images (`int`, *optional*):
+            Number of images of each task at evaluation: prompts are repeated with other noise, or left out at the end.
+            Defaults to one image per prompt.
+        num_grid_prompts (`int`, *optional*, defaults to `2`):
+            Number of prompts of each task in the image grid drawn at every evaluation (base, student, each teacher). 0
+            draws none.
+        save_curves (`bool`, *optional*, defaults to `True`):
+            Whether to draw the loss and divergence curves to `curves.png` in the output folder at the end of training.
+
+    > [!NOTE]
+    > These parameters have default values different from [`~transformers.TrainingArguments`]:
+    > - `logging_steps`: Defaults to `10` instead of `500`.
+    > - `activation_checkpointing`: Defaults to `True` instead of `False`.
+    > - `bf16`: Defaults to `True` on a device that supports it if `fp16` is not set, instead of `False`.
+    > - `learning_rate`: Defaults to `3e-4` instead of `5e-5`.
+    > - `lr_scheduler_type`: Defaults to `"constant"` instead of `"linear"`.
+    > - `weight_decay`: Defaults to `1e-4` instead of `0`.
+    > - `remove_unused_columns`: Defaults to `False` instead of `True`.
+    > - `ddp_find_unused_parameters`: Defaults to `False` instead of `None`.
+    > - `ddp_broadcast_buffers`: Defaults to `False` instead of `None`.
+    """
+
+    _VALID_DICT_FIELDS = _BaseConfig._VALID_DICT_FIELDS + ["model_init_kwargs", "task_weights"]
+
+    # Parameters whose default values are overridden from TrainingArguments
+    learning_rate: float = field(default=3e-4, metadata={"help": "The initial learning rate for AdamW."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "The learning rate schedule."})
+    weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay of AdamW."})
+    # `gradient_checkpointing` is a deprecated alias since transformers 5.23: TRL's override of its default would warn
+    # at every construction.
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Deprecated alias of `activation_checkpointing`."}
+    )
+    activation_checkpointing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Recompute the transformer's activations in the backward pass to save memory. Defaults to `True`."
+        },
+    )
+    remove_unused_columns: bool | None = field(
+        default=False,
+        metadata={"help": "Not used: columns beside the prompt are passed to the reward functions."},
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False,
+        metadata={"help": "Whether DistributedDataParallel looks for parameters without a gradient."},
+    )
+    ddp_broadcast_buffers: bool | None = field(
+        default=False,
+        metadata={
+            "help": "Whether DistributedDataParallel sends the buffers of the model around in every round: constants, "
+            "of 0.45 GB in bfloat16 for Stable Diffusion 3.5 Medium."
+        },
+    )
+
+    # Parameters that control the model
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Keyword arguments for `from_pretrained`, used when the `model` argument of the trainer is a "
+            "string. The weights are loaded in the training precision unless `dtype` is given here."
+        },
+    )
+
+    # Parameters that control the rollout
+    height: int | None = field(
+        default=None, metadata={"help": "Height of the images in pixels. Defaults to the pipeline's own."}
+    )
+    width: int | None = field(
+        default=None, metadata={"help": "Width of the images in pixels. Defaults to the pipeline's own."}
+    )
+    num_inference_steps: int = field(
+        default=10, metadata={"help": "Number of denoising steps of the student's rollout."}
+    )
+    guidance_scale: float = field(
+        default=4.5,
+        metadata={
+            "help": "Classifier-free guidance of the student, and of teachers that do not set their own. The guided "
+            "velocity is the one that is trained. The unconditional branch runs only above 1."
+        },
+    )
+    solver: str = field(
+        default="flow", metadata={"help": "Sampler of the rollout: flow, dance, cps, ddim, dpm1 or dpm2."}
+    )
+    noise_level: float = field(
+        default=0.0,
+        metadata={
+            "help": "Scale of the noise injected at each step. 0 samples the ODE and trains with mean matching; above "
+            "0 the SDE is sampled and the closed-form KL divergence is trained."
+        },
+    )
+    skip_last_steps: int = field(
+        default=1, metadata={"help": "Number of steps at the end of the rollout that are not trained."}
+    )
+    max_sequence_length: int = field(default=128, metadata={"help": "Length of the T5 prompt in tokens."})
+
+    # Parameters that control the tasks
+    task_weights: dict[str, int] | str | None = field(
+        default=None,
+        metadata={"help": "Number of batches that a task gets in each round; 1 for tasks that are not named."},
+    )
+    prompt_column: str = field(default="prompt", metadata={"help": "Column of the datasets that holds the prompt."})
+
+    # Parameters that control the text encoders
+    prompt_cache_size: int = field(
+        default=512,
+        metadata={"help": "Number of prompts encoded ahead of the rounds and kept in CPU memory."},
+    )
+    prompt_batch_size: int = field(default=16, metadata={"help": "Number of prompts encoded at once."})
+    offload_text_encoders: bool = field(
+        default=True,
+        metadata={"help": "Whether to keep the text encoders off the GPU while they are not encoding."},
+    )
+
+    # Parameters that control the moving average
+    ema_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "Decay of an exponential moving average of the student's LoRA (the published recipe: 0.9). The "
+            "average is what is evaluated and saved; the raw weights are evaluated and saved beside it."
+        },
+    )
+    ema_update_every: int = field(
+        default=8, metadata={"help": "Number of optimizer steps between two updates of the average."}
+    )
+
+    # Parameters that control evaluation and image grids
+    eval_num_inference_steps: int | None = field(
+        default=None,
+        metadata={"help": "Number of denoising steps at evaluation. Defaults to `num_inference_steps`."},
+    )
+    eval_guidance_scale: float | None = field(
+        default=None, metadata={"help": "Guidance of the student at evaluation. Defaults to `guidance_scale`."}
+    )
+    eval_noise_level: float = field(default=0.0, metadata={"help": "Noise level at evaluation. 0 samples the ODE."})
+    num_eval_images: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of images of each task at evaluation: prompts are repeated with other noise, or left out "
+            "at the end. Defaults to one image per prompt."
+        },
+    )
+    num_grid_prompts: int = field(
+        default=2,
+        metadata={
+            "help": "Number of prompts of each task in the image grid drawn at every evaluation (base, student, each "
+            "teacher). 0 draws none."
+        },
+    )
+    save_curves: bool = field(
+        default=True,
+        metadata={"help": "Whether to draw the loss and divergence curves to `curves.png` at the end of training."},
+    )
+
+    def __post_init__(self):
+        # `accelerate launch` tells of them by the environment, the command line by fields
+        sharded = [flag for flag in ("DEEPSPEED", "FSDP") if os.environ.get(f"ACCELERATE_USE_{flag}") == "true"]
+        if self.deepspeed or self.fsdp or sharded:
+            raise ValueError(
+                "DeepSpeed and FSDP are not supported: the student is a LoRA, whose optimizer state is small. Launch "
+                "with plain data parallelism (`accelerate launch --multi_gpu`)."
+            )
+        if self.auto_find_batch_size:
+            raise ValueError(
+                "`auto_find_batch_size` is not supported: the samples of a round follow from "
+                "`per_device_train_batch_size`. Lower it, and raise `gradient_accumulation_steps` for the same rounds."
+            )
+        if self.bf16_full_eval or self.fp16_full_eval:
+            raise ValueError(
+                "`bf16_full_eval` and `fp16_full_eval` are not supported: evaluation runs in the precision of training. "
+                "Set `bf16` or `fp16`."
+            )
+        if self.bf16 is None:  # the TRL default, True, is an error on a machine without bfloat16
+            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        if self.activation_checkpointing is None and self.gradient_checkpointing is None:
+            self.activation_checkpointing = True
+        super().__post_init__()
+
+        check_processes(self.world_size)
+        check_solver(self.solver, self.noise_level)
+        check_solver(self.solver, self.eval_noise_level)
+        self._check("num_inference_steps", self.num_inference_steps >= 1, "at least 1")
+        self._check(
+            "skip_last_steps",
+            0 <= self.skip_last_steps < self.num_inference_steps,
+            f"from 0 to num_inference_steps - 1 = {self.num_inference_steps - 1}, so that a step is left to train",
+        )
+        self._check("guidance_scale", self.guidance_scale >= 0, "0 or more")
+        self._check("max_sequence_length", 1 <= self.max_sequence_length <= 512, "from 1 to 512")
+        self._check("prompt_cache_size", self.prompt_cache_size >= 1, "at least 1")
+        self._check("prompt_batch_size", self.prompt_batch_size >= 1, "at least 1")
+        self._check("ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "between 0 and 1 (or unset)")
+        self._check("ema_update_every", self.ema_update_every >= 1, "at least 1")
+        self._check(
+            "eval_num_inference_steps",
+            self.eval_num_inference_steps is None or self.eval_num_inference_steps > self.skip_last_steps,
+            f"more than skip_last_steps = {self.skip_last_steps} (or unset)",
+        )
+        self._check(
+            "eval_guidance_scale", self.eval_guidance_scale is None or self.eval_guidance_scale >= 0, "0 or more"
+        )
+        self._check("num_eval_images", self.num_eval_images is None or self.num_eval_images >= 1, "at least 1")
+        self._check("num_grid_prompts", self.num_grid_prompts >= 0, "0 or more")
+        for name in ("height", "width"):
+            self._check(name, getattr(self, name) is None or getattr(self, name) > 0, "positive (or unset)")
+        for task, weight in (self.task_weights or {}).items():
+            if isinstance(weight, bool) or not isinstance(weight, int) or weight < 1:
+                raise ValueError(
+                    f"`task_weights[{task!r}]` must be a whole number of batches, at least 1, but is {weight!r}. "
+                    "Scale the weights up to whole numbers, or leave the task out of the run."
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings, without any token: loggers send them, and they are saved and uploaded."""
+        return _mask_tokens(super().to_dict())
+
+    def _check(self, name: str, valid: bool, rule: str) -> None:
+        if not valid:
+            raise ValueError(f"`{name}` must be {rule}, but is {getattr(self, name)!r}.")
+
+
+def _mask_tokens(content: dict[str, Any]) -> dict[str, Any]:
+    def mask(key: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return _mask_tokens(value)
+        secret = key in ("token", "use_auth_token") or key.endswith("_token")
+        return f"<{key.upper()}>" if secret and value is not None else value
+
+    return {key: mask(key, value) for key, value in content.items()}

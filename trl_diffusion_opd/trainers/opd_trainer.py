@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""On-policy distillation of several teachers into one student (Algorithm 1 of the DiffusionOPD paper)."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils.memory import clear_device_cache
+from diffusers import StableDiffusion3Pipeline
+from peft import LoraConfig
+from torch import nn
+from transformers import TrainerCallback
+
+from ..data.rounds import TaskBatch
+from ..losses.opd import step_divergence
+from ..models.sampler import Policy
+from ..models.velocity import Conditioning, VelocityModel
+from ..publishing.record import TeacherRecord
+from ..rewards.functions import RewardFunc
+from ..sampling.denoising import denoise
+from ..teachers.config import check_tasks, normalize_teachers
+from ..teachers.loading import fetch_teachers, load_teachers
+from .base_trainer import DiffusionTrainer
+from .opd_config import DiffusionOPDConfig
+from .plan import MethodPlan, format_origin
+
+
+class DiffusionOPDTrainer(DiffusionTrainer):
+    """
+    Trainer for on-policy distillation of diffusion teachers, as introduced in [DiffusionOPD: A Unified Perspective of
+    On-Policy Distillation in Diffusion Models](https://huggingface.co/papers/2605.15055).
+
+    The student samples its own denoising trajectory; at every state it visits, the frozen teacher of the sample's task
+    says where it would step, and the student is pulled there. One optimizer step is one round over all tasks.
+
+    Example:
+
+    ```python
+    from trl_diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer, TeacherConfig
+
+    trainer = DiffusionOPDTrainer(
+        model="stabilityai/stable-diffusion-3.5-medium",
+        teachers={
+            "ocr": "quanhaol/DiffusionOPD/OCRTeacher/lora",
+            "geneval": TeacherConfig("quanhaol/DiffusionOPD", subfolder="GenEvalTeacher/lora", guidance_scale=1.0),
+        },
+        args=DiffusionOPDConfig(output_dir="sd35m-opd", max_steps=300),
+        train_dataset={"ocr": "ocr_prompts.txt", "geneval": "geneval_prompts.jsonl"},
+    )
+    trainer.train()
+    ```
+
+    Args:
+        model (`str` or `Path` or [`~diffusers.StableDiffusion3Pipeline`]):
+            Base of student and teachers: `"owner/repo[@revision]"` on the Hub, a local folder, or a pipeline in memory,
+            which is used as it is (its transformer gets the adapters).
+        teachers (`dict` or `list[TeacherConfig]`):
+            Teacher of each task: `"owner/repo"`, `"owner/repo/sub/folder"` (either with `@revision`), a local path, a
+            [`TeacherConfig`], or a loaded full model with the same latent space.
+        args ([`DiffusionOPDConfig`], *optional*):
+            Configuration of the trainer.
+        train_dataset (`dict` or [`~datasets.Dataset`]):
+            Prompts of each task (a dataset, a stream, a list, a `.txt` or `.jsonl` file, `"owner/name[@revision]"` on
+            the Hub, or a mapping with that as `path` and options), or one dataset with a `"task"` column.
+        eval_dataset (`dict` or [`~datasets.Dataset`], *optional*):
+            Held-out prompts in the same form, for some or all tasks.
+        reward_funcs (`dict[str, Callable or list[Callable]]`, *optional*):
+            Per task functions `f(images, prompts, **columns) -> list[float]` that score images at evaluation; `images`
+            is a float tensor `[B, 3, H, W]` in `[0, 1]`. Training needs none.
+        callbacks (`list` of [`~transformers.TrainerCallback`], *optional*):
+            Added to the default callbacks.
+        optimizers (`tuple`, *optional*, defaults to `(None, None)`):
+            How to make the optimizer and the learning rate scheduler: functions of the student's parameters and of the
+            optimizer, such as `(lambda parameters: torch.optim.SGD(parameters, lr=0.1), None)`. (The parameters exist
+            only once the trainer has added the LoRA.) By default AdamW and `args.lr_scheduler_type`.
+        peft_config ([`~peft.LoraConfig`], *optional*):
+            LoRA of the student. By default rank 32, alpha 64, gaussian init, on the attention projections.
+        adapter (`str` or `Path`, *optional*):
+            LoRA to start from, from the Hub or from disk, with the shape of `peft_config` if that is given.
+
+    Raises:
+        `ValueError`: teachers and prompts whose tasks do not match, a teacher that does not fit the base, and settings
+            out of their range; everything that can be is checked before the base is loaded.
+        `SourceError`: a model or teacher that cannot be found or fetched.
+    """
+
+    _tag_names = ["trl", "diffusion-opd", "on-policy-distillation"]
+    _name = "DiffusionOPD"
+    _paper = {
+        "title": "DiffusionOPD: A Unified Perspective of On-Policy Distillation in Diffusion Models",
+        "id": "2605.15055",
+        # docstyle-ignore
+        "citation": """\
+@article{li2026diffusionopd,
+    title        = {{DiffusionOPD: A Unified Perspective of On-Policy Distillation in Diffusion Models}},
+    author       = {Quanhao Li and Junqiu Yu and Kaixun Jiang and Yujie Wei and Zhen Xing and Pandeng Li and Ruihang Chu and Shiwei Zhang and Yu Liu and Zuxuan Wu},
+    year         = 2026,
+    eprint       = {arXiv:2605.15055}
+}""",
+    }
+
+    def __init__(
+        self,
+        model: str | Path | StableDiffusion3Pipeline,
+        teachers: Mapping[str, Any] | Iterable[Any],
+        args: DiffusionOPDConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        reward_funcs: dict[str, RewardFunc | list[RewardFunc]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Callable | None, Callable | None] = (None, None),
+        peft_config: LoraConfig | None = None,
+        adapter: str | Path | None = None,
+    ):
+        if train_dataset is None:
+            raise ValueError("`train_dataset` is required: the prompts of each task.")
+        self._teacher_configs = normalize_teachers(teachers)
+        super().__init__(
+            model,
+            args if args is not None else DiffusionOPDConfig(output_dir="diffusion-opd"),
+            train_dataset,
+            eval_dataset,
+            tasks=list(self._teacher_configs),
+            reward_funcs=reward_funcs,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            peft_config=peft_config,
+            adapter=adapter,
+        )
+
+    def check_tasks(self, tasks: list[str]) -> None:
+        check_tasks(self._teacher_configs, tasks)
+
+    def fetch_models(self) -> None:
+        self._teacher_files = fetch_teachers(self._teacher_configs)
+
+    def add_models(self, args: DiffusionOPDConfig) -> None:
+        self.loaded_teachers = load_teachers(
+            self._teacher_configs,
+            self.transformer,
+            guidance_scale=args.guidance_scale,
+            vae=self.pipeline.vae,
+            files=self._teacher_files,
+            show_progress=args.process_index == 0 and not args.disable_tqdm,
+        )
+        self.teachers = {
+            task: Policy(
+                f"teacher {task}",
+                teacher.guidance_scale,
+                (teacher.adapter_name,) if teacher.adapter_name else (),
+                VelocityModel(teacher.model.to(args.device)) if teacher.model is not None else None,
+            )
+            for task, teacher in self.loaded_teachers.items()
+        }
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        teachers = {
+            task: {"sha256": teacher.fingerprint, "guidance_scale": teacher.guidance_scale}
+            for task, teacher in self.loaded_teachers.items()
+        }
+        return {**super().provenance, "teachers": teachers}
+
+    def plan(self) -> MethodPlan:
+        return MethodPlan(
+            objective="mean matching, Eq. 12" if self.args.noise_level == 0 else "closed-form KL, Eq. 11",
+            tasks={
+                task: f"teacher: {'full model' if teacher.model is not None else 'LoRA'} "
+                f"{format_origin(teacher.origin)}, guidance {teacher.guidance_scale:g}"
+                for task, teacher in self.loaded_teachers.items()
+            },
+        )
+
+    def describe_run(self) -> dict[str, Any]:
+        tasks = list(self.loaded_teachers)
+        return {
+            "summary": (
+                f"One LoRA for {'the task' if len(tasks) == 1 else f'{len(tasks)} tasks'} ({', '.join(tasks)}), learned "
+                f"from {'a teacher' if len(tasks) == 1 else 'a teacher for each'}. It was distilled on-policy: the "
+                "student drew images of its own, and at every denoising step the teacher of the image's task "
+                "showed where it would have gone instead."
+            ),
+            "teachers": [
+                TeacherRecord(task, teacher.origin, teacher.guidance_scale, teacher.fingerprint, teacher.model is None)
+                for task, teacher in self.loaded_teachers.items()
+            ],
+        }
+
+    # The method
+
+    def training_step(self, model: nn.Module, inputs: dict[str, int], num_items_in_batch: Any = None) -> torch.Tensor:
+        """One (micro-)round of Algorithm 1: every task's batch is rolled out and distilled, in a single pass."""
+        start = time.perf_counter()
+        model.train()
+        if self.args.torch_empty_cache_steps and self.state.global_step % self.args.torch_empty_cache_steps == 0:
+            clear_device_cache()
+        self.prepare_prompts(self.state.global_step)
+        micro_round = inputs["micro_round"] % self.args.gradient_accumulation_steps
+        batches = self.sampler.batches(self.state.global_step, micro_round)
+        num_steps = len(self.schedule) - self.args.skip_last_steps
+        share = 1 / (len(batches) * num_steps * self.current_gradient_accumulation_steps)
+        divergences = torch.stack(
+            [
+                self.distill(model, batch, num_steps, share, last=index == len(batches) - 1)
+                for index, batch in enumerate(batches)
+            ]
+        )
+        divergences = self.accelerator.reduce(divergences, reduction="mean")
+        self.check_finite(divergences, batches)
+        self.log_round(divergences, batches, time.perf_counter() - start)
+        return divergences.mean() / self.current_gradient_accumulation_steps
+
+    def distill(self, model: nn.Module, batch: TaskBatch, num_steps: int, share: float, last: bool) -> torch.Tensor:
+        """
+        Rolls the student out on a batch and accumulates the gradient of each step as it is taken.
+
+        No parameter changes within a round, so the velocity that the student is rolled out with is the one to
+        differentiate: one forward of each model per step, instead of a rollout and two replays of it.
+
+        Args:
+            model (`torch.nn.Module`):
+                The student, in its data-parallel wrapper.
+            batch ([`TaskBatch`]):
+                `B` samples of one task.
+            num_steps (`int`):
+                Number of steps to train.
+            share (`float`):
+                Weight of each step's loss.
+            last (`bool`):
+                Whether this is the round's last batch; gradients are reduced over the processes in its last backward.
+
+        Returns:
+            `torch.Tensor` of shape `[num_steps]`: the divergence of each step, averaged over the batch.
+        """
+        teacher = self.teachers[batch.task]
+        conditioning = self.prompts.conditioning(batch.prompts)
+        student_text = conditioning.batch(self.args.guidance_scale)
+        teacher_text = conditioning.batch(teacher.guidance_scale)
+        timesteps = self.schedule.timesteps.to(self.accelerator.device)
+        noise, generators = self.noise_sources(batch.seeds)
+        targets = {}
+
+        def velocity(sample: torch.Tensor, index: int) -> torch.Tensor:
+            # The teacher comes first: between the student's forward and backward no adapter may be switched.
+            targets[index] = self.policy_velocity(teacher, sample, timesteps[index], teacher_text)
+            reduce = last and index == num_steps - 1 and self.accelerator.sync_gradients
+            with nullcontext() if reduce else self.accelerator.no_sync(model):
+                return model(sample, timesteps[index], *student_text, self.args.guidance_scale)
+
+        divergences = []
+        for step in denoise(
+            velocity,
+            noise,
+            self.schedule,
+            solver=self.args.solver,
+            noise_level=self.args.noise_level,
+            generator=generators,
+            num_steps=num_steps,
+        ):
+            divergence = step_divergence(step.velocity, targets.pop(step.index), step.transition).mean()
+            self.accelerator.backward(share * divergence)
+            divergences.append(divergence.detach())
+        return torch.stack(divergences)
+
+    def rollout_metrics(
+        self, policy: Policy, batch: TaskBatch, conditioning: Conditioning
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Adds `kl`, the mean divergence from the task's teacher over the steps that are trained."""
+        teacher = self.teachers[batch.task]
+        teacher_text = conditioning.batch(teacher.guidance_scale)
+        num_steps = len(self.eval_schedule) - self.args.skip_last_steps
+        divergences = []
+        for step in self.rollout(policy, conditioning, batch.seeds):
+            if step.index < num_steps:
+                timestep = self.eval_schedule.timesteps[step.index].to(step.sample.device)
+                target = self.policy_velocity(teacher, step.sample, timestep, teacher_text)
+                divergences.append(step_divergence(step.velocity, target, step.transition))
+        return step.next_sample, {"kl": torch.stack(divergences).mean(0)}
+
+    # Checks and logs
+
+    def check_finite(self, divergences: torch.Tensor, batches: list[TaskBatch]) -> None:
+        """Raises a `FloatingPointError` that names task and step of the first divergence that is NaN or infinite."""
+        broken = (~torch.isfinite(divergences)).nonzero()
+        if len(broken):
+            batch, step = broken[0].tolist()
+            raise FloatingPointError(
+                f"The divergence from the teacher of task {batches[batch].task!r} is {divergences[batch, step].item()} "
+                f"at denoising step {step} (sigma {self.schedule.sigmas[step].item():.4f}) of round "
+                f"{self.state.global_step}. Nothing was updated and the last checkpoint is intact. Lower "
+                "`learning_rate`, or train in bf16 or fp32 instead of fp16."
+            )
+
+    def log_round(self, divergences: torch.Tensor, batches: list[TaskBatch], seconds: float) -> None:
+        tasks = [batch.task for batch in batches]
+        for task in dict.fromkeys(tasks):
+            of_task = divergences[[index for index, name in enumerate(tasks) if name == task]]
+            self._metrics[f"kl/{task}"].append(of_task.mean().item())
+        for index, value in enumerate(divergences.mean(0).tolist()):
+            self._metrics[f"kl_step/{index}"].append(value)
+        self.log_speed(sum(len(batch.prompts) for batch in batches), seconds)

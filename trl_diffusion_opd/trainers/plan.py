@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Summary of a run, printed by `--dry_run`."""
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from ..data.rounds import Prompts, num_prompts
+from ..hub.locations import Origin
+from ..models.sd3_sde_pipeline import PIXELS_AT_ONCE
+from ..rewards.base import Reward
+from ..utils.hardware import format_bytes
+from .disk import checkpoint_bytes
+
+
+if TYPE_CHECKING:
+    from .base_trainer import DiffusionTrainer
+
+
+@dataclass
+class MethodPlan:
+    """
+    What a method adds to the plan of a run.
+
+    Args:
+        objective (`str`):
+            What is trained, in a few words.
+        tasks (`dict[str, str]`):
+            What each task is learned from.
+        lines (`dict[str, str]`, *optional*):
+            More lines by their titles.
+        memory (`dict[str, int]`, *optional*):
+            Bytes that it keeps on the training device during rounds.
+    """
+
+    objective: str
+    tasks: dict[str, str]
+    lines: dict[str, str] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
+
+
+def describe_plan(trainer: "DiffusionTrainer") -> str:
+    """Tasks, what they are learned from, rounds and an estimate of the memory, as text."""
+    args, sampler = trainer.args, trainer.sampler
+    rounds = args.max_steps
+    per_epoch = sampler.rounds_per_epoch
+    if rounds < 0:
+        rounds = math.ceil(args.num_train_epochs * per_epoch)
+    processes = args.world_size
+    trained = len(trainer.schedule) - args.skip_last_steps
+    _, height, width = trainer.latent_shape
+    factor = trainer.pipeline.vae_scale_factor
+    rank = trainer.transformer.peft_config["default"].r
+    method = trainer.plan()
+    estimate = memory_estimate(trainer) | method.memory
+    encoding = estimate["models"] + _bytes(*_text_encoders(trainer))
+    judges = any(isinstance(reward, Reward) for funcs in trainer.reward_funcs.values() for reward in funcs)
+    start = trainer.adapter_origin
+    vae, pixels = trainer.pipeline.vae, height * width * factor**2
+    most = max(args.per_device_train_batch_size, args.per_device_eval_batch_size) * pixels
+    at_once = min(most, max(PIXELS_AT_ONCE, pixels))
+    decoding = sum(estimate.values()) - estimate["activations"] + _bytes(vae) + decoding_bytes(vae, at_once)
+    peak = max(sum(estimate.values()), encoding, decoding)
+    lines = [
+        f"base       {format_origin(trainer.base_origin)}, {width * factor}x{height * factor} px",
+        f"student    LoRA of rank {rank}, {_count(_trainable(trainer)):,} parameters, guidance {args.guidance_scale:g}"
+        + (f", starts from {format_origin(start)}" if start else ""),
+        "tasks",
+    ]
+    for task, source in method.tasks.items():
+        held_out = _amount(trainer.eval_datasets[task]) if task in trainer.eval_datasets else "0"
+        lines.append(
+            f"  {task:<12} {_amount(trainer.datasets[task])} prompts ({held_out} held out), weight "
+            f"{sampler.weights[task]}; {source}"
+        )
+    lines += [
+        f"rollout    {len(trainer.schedule)} steps of {args.solver} at noise level {args.noise_level:g}, {trained} of "
+        f"them trained ({method.objective})",
+        *(f"{title:<10} {text}" for title, text in method.lines.items()),
+        f"rounds     {rounds:,} of {sampler.prompts_per_round * processes} images on {processes} process(es)"
+        + (f"; {per_epoch:,} rounds see every prompt once" if per_epoch else ""),
+        f"memory     about {format_bytes(peak)} per process; during rounds: "
+        + ", ".join(f"{name} {format_bytes(size)}" for name, size in estimate.items())
+        + f"; while prompts are encoded: {format_bytes(encoding)}, while images are decoded: {format_bytes(decoding)}"
+        + ("; without the models of the rewards" if judges else ""),
+        f"disk       {format_bytes(checkpoint_bytes(trainer))} per checkpoint in {args.output_dir}",
+    ]
+    return "\n".join(lines)
+
+
+def format_origin(origin: Origin) -> str:
+    """Name and commit of a model, in short."""
+    return origin.name + (f" ({origin.commit[:7]})" if origin.commit else "")
+
+
+def _amount(data: Prompts) -> str:
+    total = num_prompts(data)
+    return "streamed" if total is None else f"{total:,}"
+
+
+def memory_estimate(trainer: "DiffusionTrainer") -> dict[str, int]:
+    """
+    Bytes on the training device during rounds. Weights and optimizer state are exact; activations are estimated as
+    what the transformer's blocks keep for the backward (about 20 hidden states each, or one with activation
+    checkpointing, of which one block at a time is recomputed).
+    """
+    args, config = trainer.args, trainer.transformer.config
+    trainable = _trainable(trainer)
+    _, height, width = trainer.latent_shape
+    tokens = height * width // config.patch_size**2 + trainer.pipeline.tokenizer_max_length + args.max_sequence_length
+    rows = args.per_device_train_batch_size * (2 if args.guidance_scale > 1 else 1)
+    bytes_each = 2 if args.bf16 or args.fp16 else 4
+    hidden = rows * tokens * config.num_attention_heads * config.attention_head_dim * bytes_each
+    kept = config.num_layers + 20 if args.activation_checkpointing else 20 * config.num_layers
+    return {
+        "models": _bytes(
+            trainer.transformer, *(policy.model for policy in trainer.policies() if policy.model is not None)
+        ),
+        "gradients, AdamW, average": 4 * _count(trainable) * (4 if trainer.ema is not None else 3),
+        "text encoders": 0 if args.offload_text_encoders else _bytes(*_text_encoders(trainer)),
+        "activations": hidden * kept,
+    }
+
+
+def decoding_bytes(vae: nn.Module, num_pixels: int) -> int:
+    """The peak of what a VAE keeps while it decodes so many pixels at once: three hidden states of its second level."""
+    return 3 * 4 * num_pixels * max(vae.config.block_out_channels[:2])
+
+
+def _trainable(trainer: "DiffusionTrainer") -> list[nn.Parameter]:
+    return [parameter for parameter in trainer.transformer.parameters() if parameter.requires_grad]
+
+
+def _count(parameters: list[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def _text_encoders(trainer: "DiffusionTrainer") -> list[nn.Module]:
+    pipe = trainer.pipeline
+    return [m for m in (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3) if m is not None]
+
+
+def _bytes(*modules: nn.Module) -> int:
+    """Size of parameters and buffers (the position embedding of SD3 is a large one)."""
+    tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
