@@ -5,6 +5,9 @@ Rules that score pictures of the Shapes world against their prompts.
 Each of `REWARDS` takes a float tensor of pictures in [0, 1], batch x 3 x height x width, and the prompts, and returns
 one score a picture. `geneval` and `ocr` give 0 or 1: everything asked for must be there and nothing else. `aesthetic`
 lies in [0, 1]: colour and contrast, times how well the prompt's thing can be made out.
+
+Everything is computed in float64, one picture after the other where sums are long: a score does not depend on the other
+pictures of its batch, and on the machine only in the last digits.
 """
 
 import colorsys
@@ -14,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from .render import GLYPHS, LETTER_HEIGHT, LETTER_WIDTH, scene_picture
+from .render import GLYPHS, scene_picture
 from .world import COLOURS, LETTERS, NOUNS, SIZE, Counting, Scene, parse
 
 
@@ -25,11 +28,39 @@ except ImportError as error:
 
 
 def _to_numpy(images: Any) -> np.ndarray:
-    """Pictures as float32, batch x height x width x RGB."""
-    array = images.detach().float().cpu().numpy() if hasattr(images, "detach") else np.asarray(images, np.float32)
+    """Pictures as float64, batch x height x width x RGB."""
+    array = images.detach().cpu().double().numpy() if hasattr(images, "detach") else np.asarray(images, np.float64)
     if array.ndim != 4 or array.shape[1:] != (3, SIZE, SIZE):
         raise ValueError(f"`images` must have the shape (batch, 3, {SIZE}, {SIZE}) but has {array.shape}.")
     return np.ascontiguousarray(array.transpose(0, 2, 3, 1))
+
+
+# Correlations
+TIE = 1e-9  # correlations that differ by less are the same: rounding errors choose nothing
+
+
+def _templates(pictures: list[np.ndarray]) -> np.ndarray:
+    """Pictures (height x width x channels) as channels x height x width x number, without mean color, of unit length."""
+    stack = np.stack(pictures, axis=-1)
+    stack = (stack - stack.mean((0, 1))).transpose(2, 0, 1, 3)
+    return stack / np.linalg.norm(stack.reshape(-1, len(pictures)), axis=0)
+
+
+def _correlations(picture: np.ndarray, templates: np.ndarray, floor: float) -> np.ndarray:
+    """
+    Correlation of every template with a picture (height x width x channels) at every place: rows x columns x templates.
+    `floor` is added to the norm of a window. The windows lose their mean before anything is squared, so that no
+    digits cancel in one that is almost flat.
+    """
+    channels, height, width, number = templates.shape
+    planes = np.ascontiguousarray(picture.transpose(2, 0, 1))
+    windows = np.lib.stride_tricks.sliding_window_view(planes, (height, width), (1, 2))
+    rows, columns = windows.shape[1:3]
+    windows = windows.reshape(channels, rows * columns, height * width)
+    windows -= windows.mean(-1, keepdims=True)
+    products = (windows @ templates.reshape(channels, height * width, number)).sum(0)
+    norms = np.sqrt(np.einsum("cij,cij->i", windows, windows))
+    return (products / (norms + floor)[:, None]).reshape(rows, columns, number)
 
 
 # Composition
@@ -99,23 +130,24 @@ def _share(picture: np.ndarray, prompt: str) -> float:
 # Text
 MIN_MATCH = 0.55  # correlation with a glyph below which nothing can be read
 READING_FLOOR = 1.0  # added to the norm of a window, so that faint marks do not count as letters
-_glyphs = np.stack([GLYPHS[letter] - GLYPHS[letter].mean() for letter in LETTERS]).reshape(len(LETTERS), -1)
-_glyphs = (_glyphs / np.linalg.norm(_glyphs, axis=1, keepdims=True)).astype(np.float32)
+_glyphs = _templates([GLYPHS[letter][..., None] for letter in LETTERS])
 
 
 def read_text(pictures: np.ndarray) -> list[str]:
     """The dark letter in the left and the one in the right half of every picture; "?" where there is none."""
-    windows = np.lib.stride_tricks.sliding_window_view(1 - pictures.mean(-1), (LETTER_HEIGHT, LETTER_WIDTH), (1, 2))
-    batch, rows, columns = windows.shape[:3]
-    windows = windows.reshape(batch, rows, columns, -1)
-    spread = np.sqrt(windows.var(-1) * windows.shape[-1])
-    match = windows @ _glyphs.T / (spread + READING_FLOOR)[..., None]
-    text = [""] * batch
-    for half in (match[:, :, : columns // 2], match[:, :, columns // 2 + 1 :]):
-        best = half.max((1, 2))
-        for index, scores in enumerate(best):
-            text[index] += LETTERS[scores.argmax()] if scores.max() > MIN_MATCH else "?"
-    return text
+    return ["".join(map(_letter, _halves(1 - picture.mean(-1, keepdims=True)))) for picture in pictures]
+
+
+def _halves(darkness: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How well each letter fits the left and the right half of a picture."""
+    match = _correlations(darkness, _glyphs, READING_FLOOR)
+    middle = match.shape[1] // 2
+    return match[:, :middle].max((0, 1)), match[:, middle + 1 :].max((0, 1))
+
+
+def _letter(match: np.ndarray) -> str:
+    best = match.max()
+    return LETTERS[(match > best - TIE).argmax()] if best > MIN_MATCH else "?"
 
 
 def ocr(images: Any, prompts: list[str], **columns: Any) -> list[float]:
@@ -133,27 +165,20 @@ VIEW = (22, 17)  # height and width of the view on a thing: it begins 18 rows ab
 
 @lru_cache
 def _views(time: str) -> np.ndarray:
-    """What the things look like at one time of day: a column a noun, without its mean colour, of unit length."""
+    """What the things look like at one time of day."""
     x, horizon = SIZE / 2, 24.0
     top, left = round(horizon) - 18, round(x) - VIEW[1] // 2
     pictures = [scene_picture(Scene(noun, time), x, horizon) for noun in NOUNS]
-    views = [picture[top : top + VIEW[0], left : left + VIEW[1]] for picture in pictures]
-    flat = np.stack([(view - view.mean((0, 1))).reshape(-1) for view in views], axis=1)
-    return (flat / np.linalg.norm(flat, axis=0)).astype(np.float32)
+    return _templates([picture[top : top + VIEW[0], left : left + VIEW[1]] for picture in pictures])
 
 
 def likeness(pictures: np.ndarray, time: str) -> np.ndarray:
     """Best correlation of every picture (rows) with every noun (columns) over the places where a thing can stand."""
-    places = pictures[:, 3 : 8 + VIEW[0], 2 : 15 + VIEW[1]]
-    windows = np.lib.stride_tricks.sliding_window_view(places, VIEW, (1, 2))  # batch, rows, columns, RGB, *VIEW
-    batch, rows, columns = windows.shape[:3]
-    windows = windows.transpose(0, 1, 2, 4, 5, 3).reshape(batch * rows * columns, -1)
-    channels = np.tile(np.eye(3, dtype=np.float32), (VIEW[0] * VIEW[1], 1))
-    products = windows @ np.concatenate([_views(time), channels], axis=1)
-    match, sums = products[:, : len(NOUNS)], products[:, len(NOUNS) :]
-    squares = np.einsum("ij,ij->i", windows, windows) - (sums**2).sum(1) / (VIEW[0] * VIEW[1])
-    match = match / (np.sqrt(np.maximum(squares, 0)) + VIEW_FLOOR)[:, None]
-    return match.reshape(batch, rows * columns, -1).max(1)
+    match = np.empty((len(pictures), len(NOUNS)))
+    for row, picture in enumerate(pictures):
+        places = picture[3 : 8 + VIEW[0], 2 : 15 + VIEW[1]]
+        match[row] = _correlations(places, _views(time), VIEW_FLOOR).max((0, 1))
+    return match
 
 
 def colour_and_contrast(pictures: np.ndarray) -> np.ndarray:
@@ -174,8 +199,9 @@ def aesthetic(images: Any, prompts: list[str], **columns: Any) -> list[float]:
         rows = [index for index, scene in enumerate(scenes) if scene.time == time]
         wanted = [NOUNS.index(scenes[index].noun) for index in rows]
         match = likeness(pictures[rows], time)
-        clarity = (match[range(len(rows)), wanted] - NO_LIKENESS) / (FULL_LIKENESS - NO_LIKENESS)
-        scores[rows] *= np.clip(clarity, 0, 1) * np.where(match.argmax(1) == wanted, 1.0, 0.5)
+        own = match[range(len(rows)), wanted]
+        clarity = (own - NO_LIKENESS) / (FULL_LIKENESS - NO_LIKENESS)
+        scores[rows] *= np.clip(clarity, 0, 1) * np.where(own > match.max(1) - TIE, 1.0, 0.5)
     return scores.tolist()
 
 

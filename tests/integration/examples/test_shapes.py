@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Shapes world and what is shipped of it: rules that judge rightly, a base and teachers that are what they say."""
 
+import itertools
+import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,9 +23,13 @@ EXAMPLES = Path(__file__).parents[3] / "examples"
 SHAPES = EXAMPLES / "shapes"
 sys.path.insert(0, str(EXAMPLES))
 
-from shapes.render import WEB, Recipe, make_dataset  # noqa: E402
-from shapes.rewards import REWARDS, geneval_partial  # noqa: E402
-from shapes.world import COLOURS, TASKS, Counting, parse, prompts, split_of  # noqa: E402
+from shapes.render import GLYPHS, WEB, Recipe, make_dataset, scene_picture  # noqa: E402
+from shapes.rewards import REWARDS, VIEW, VIEW_FLOOR, geneval_partial, likeness, read_text  # noqa: E402
+from shapes.world import COLOURS, LETTERS, NOUNS, TASKS, Counting, Scene, parse, prompts, split_of  # noqa: E402
+
+
+SCORERS = {**REWARDS, "geneval_partial": geneval_partial}
+TASK_OF = {"geneval_partial": "geneval"}
 
 
 def to_tensor(pictures: np.ndarray) -> torch.Tensor:
@@ -72,13 +80,100 @@ def test_part_of_what_was_asked_for_is_part_of_the_score():
     assert geneval_partial(blank, captions[:1]) == [0.0]
 
 
-def test_rewards_do_not_depend_on_the_batch():
-    pictures, captions = make_dataset(24, WEB, seed=2)
-    for task in TASKS:
-        own = [i for i, caption in enumerate(captions) if caption in set(prompts(task, "train"))]
-        images, texts = to_tensor(pictures[own]), [captions[i] for i in own]
-        one_by_one = [REWARDS[task](images[i : i + 1], texts[i : i + 1])[0] for i in range(len(own))]
-        assert REWARDS[task](images, texts) == pytest.approx(one_by_one, rel=1e-3)  # float32, two orders of summation
+def awkward_pictures() -> torch.Tensor:
+    """Pictures of the world, clean and spoiled, and such as are hard to compute with: noise, flat ones, almost flat ones."""
+    generator = torch.Generator().manual_seed(6)
+    drawn = to_tensor(make_dataset(36, WEB, seed=2)[0])
+    noise = torch.rand(12, 3, 32, 32, generator=generator)
+    flat = torch.rand(12, 3, 1, 1, generator=generator).expand(12, 3, 32, 32)
+    faint = torch.logspace(-7, -1, 12)[:, None, None, None] * (noise - 0.5)  # a window's norm is far below its mean
+    halves = flat.clone()
+    halves[..., 16:] = flat.flip(0)[..., 16:]
+    spoiled = drawn + 0.2 * (torch.rand(drawn.shape, generator=generator) - 0.5)
+    whole = torch.cat(
+        [drawn, spoiled, 0.9 * drawn[:12] + 0.1 * noise, noise, noise.round(), flat, flat + faint, halves]
+    )
+    return torch.cat([whole, torch.zeros(1, 3, 32, 32), torch.ones(1, 3, 32, 32)]).clamp(0, 1)
+
+
+def awkward_cases() -> dict[str, tuple[torch.Tensor, list[str]]]:
+    """For every reward pictures and prompts: those that belong together, and all pictures with any prompts."""
+    pictures, captions = make_dataset(48, WEB, seed=2)
+    others, cases = awkward_pictures(), {}
+    for name in SCORERS:
+        texts = prompts(TASK_OF.get(name, name), "train")
+        own = [i for i, caption in enumerate(captions) if caption in set(texts)]
+        images = torch.cat([to_tensor(pictures[own]), others])
+        cases[name] = images, [captions[i] for i in own] + [texts[5 * i % len(texts)] for i in range(len(others))]
+    return cases
+
+
+@pytest.mark.parametrize("name", SCORERS)
+def test_rewards_do_not_depend_on_the_batch(name):
+    images, texts = awkward_cases()[name]
+    expected = pytest.approx(SCORERS[name](images, texts), rel=1e-9, abs=0)
+    for size in (1, 2, 7, 64):
+        starts = range(0, len(texts), size)
+        assert sum([SCORERS[name](images[i : i + size], texts[i : i + size]) for i in starts], []) == expected, size
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0))
+    shuffled = SCORERS[name](images[order], [texts[i] for i in order])
+    assert [shuffled[i] for i in order.argsort()] == expected
+    assert SCORERS[name](images.double().to(memory_format=torch.channels_last), texts) == expected
+
+
+def test_rewards_do_not_depend_on_the_threads(tmp_path):
+    """In processes of their own: the number of threads of matrix products is read when numpy is imported."""
+    cases = awkward_cases()
+    np.savez(tmp_path / "images.npz", **{name: images.numpy() for name, (images, _) in cases.items()})
+    (tmp_path / "texts.json").write_text(json.dumps({name: texts for name, (_, texts) in cases.items()}))
+    code = (
+        "import json, numpy as np; from shapes import rewards; images = np.load('images.npz')\n"
+        "texts = json.load(open('texts.json')).items()\n"
+        "print(json.dumps({name: getattr(rewards, name)(images[name], text) for name, text in texts}))"
+    )
+    scores = []
+    for threads in "12":
+        names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+        environment = {**os.environ, **dict.fromkeys(names, threads), "PYTHONPATH": str(EXAMPLES)}
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        scores.append(json.loads(done.stdout))
+    for name, (images, texts) in cases.items():
+        expected = pytest.approx(SCORERS[name](images, texts), rel=1e-9, abs=0)
+        assert scores[0][name] == expected and scores[1][name] == expected, name
+
+
+def test_rounding_chooses_no_letter():
+    """Two letters over each other are equally like both: the first of them is read, never the second."""
+    flat = {letter: glyph - glyph.mean() for letter, glyph in GLYPHS.items()}
+    unit = {letter: glyph / np.linalg.norm(glyph) for letter, glyph in flat.items()}
+    pairs = list(itertools.combinations(LETTERS, 2))
+    pictures = np.full((len(pairs), 32, 32, 3), 0.9)
+    for picture, (first, second) in zip(pictures, pairs, strict=True):
+        both = unit[first] + unit[second]
+        picture[9:23, 4:14] -= 0.7 * ((both - both.min()) / np.ptp(both))[..., None]
+    read = [text[0] for text in read_text(pictures)]
+    assert [pair for pair, letter in zip(pairs, read, strict=True) if letter == pair[1]] == []
+    assert sum(letter == first for letter, (first, _) in zip(read, pairs, strict=True)) > len(pairs) / 2
+
+
+def test_likeness_is_right_to_the_last_digits():
+    """Against one window after the other in extended precision, also where there is next to nothing to see."""
+    pictures = awkward_pictures()[::6].permute(0, 2, 3, 1).numpy().astype(np.longdouble)
+    height, width = VIEW
+    view = scene_picture(Scene("boat", "noon"), 16, 24)[6 : 6 + height, 8 : 8 + width].astype(np.longdouble)
+    view -= view.mean((0, 1))
+    best = []
+    for picture in pictures:
+        windows = [picture[y : y + height, x : x + width] for y in range(3, 9) for x in range(2, 16)]
+        windows = [window - window.mean((0, 1)) for window in windows]
+        norms = [np.sqrt((window**2).sum()) + VIEW_FLOOR for window in windows]
+        pairs = zip(windows, norms, strict=True)
+        best.append(float(max((window * view).sum() / norm for window, norm in pairs) / np.sqrt((view**2).sum())))
+    measured = likeness(pictures.astype(np.float64), "noon")[:, NOUNS.index("boat")]
+    assert measured == pytest.approx(best, rel=1e-9, abs=1e-12)
 
 
 def test_held_out_prompts_are_seen_by_nobody():
