@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import yaml
-from peft import LoraConfig
 from trl import TrlParser
 
-from ..models.loading import default_lora
 from ..rewards import REWARDS
 from ..rewards.lookup import find_reward, locate
 from ..trainers.base_config import DiffusionConfig
@@ -124,11 +122,11 @@ class ScriptArguments:
             "adapter": locate(self.adapter, recipe),
         }
 
-    def peft_config(self) -> LoraConfig | None:
-        """The student's LoRA; `None` to take that of the adapter."""
+    def peft_config(self) -> dict[str, Any] | None:
+        """The fields in which the student's LoRA differs from the default; `None` to take that of the adapter."""
         settings = {"r": self.lora_r, "lora_alpha": self.lora_alpha, "target_modules": self.lora_target_modules}
         settings = {name: value for name, value in settings.items() if value is not None}
-        return default_lora(**settings) if settings or self.adapter is None else None
+        return settings if settings or self.adapter is None else None
 
 
 @dataclass

@@ -5,7 +5,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..evaluation.comparison import compare, format_table, save_results, scored_tasks
+from ..evaluation.comparison import format_table, save_results, scored_tasks
 from ..hub.upload import PushError, check_destination
 from ..trainers.base_config import DiffusionConfig
 from ..trainers.base_trainer import DiffusionTrainer
@@ -75,7 +75,7 @@ def train(trainer: DiffusionTrainer, script_args: ScriptArguments) -> None:
     trainer.save_model(training_args.output_dir, _internal_call=True)
     output_dir = Path(training_args.output_dir)
     if script_args.compare:
-        results = compare(trainer)
+        results = trainer.compare()
         if main:
             save_results(results, output_dir)
             trainer.make_record().save(output_dir)
@@ -119,7 +119,7 @@ def main(
             training_args.push_to_hub = False  # or constructing the trainer creates the repository
         trainer = how.trainer(args=training_args, **script_args.trainer_arguments(recipe))
         if script_args.compare:
-            scored_tasks(trainer)  # before training, not after it
+            scored_tasks(trainer.eval_datasets, trainer.reward_funcs)  # before training, not after it
     except (ValueError, TypeError, OSError, ImportError) as error:
         fail(error)
     if trainer.is_world_process_zero():

@@ -16,7 +16,6 @@ from .record import RunRecord
 
 # What a LoRA gallery of the Hub looks for.
 _GALLERY_TAGS = ("text-to-image", "diffusers", "diffusers-training", "lora", "template:sd-lora")
-_SD35 = "stabilityai/stable-diffusion-3.5-"
 
 
 def render_card(
@@ -61,7 +60,6 @@ def front_matter(record: RunRecord, title: str, datasets: list[str], tags: list[
     base = record.base.repo_id
     origins = [prompts.origin for prompts in (*record.prompts, *record.eval_prompts)]
     datasets = [*(origin.repo_id for origin in origins if origin.repo_id is not None), *datasets]
-    sd35 = ["sd3.5", "sd3.5-diffusers"] if base and base.startswith(_SD35) else []
     results = [*eval_results(record), *benchmark_results(record)]
     return ModelCardData(
         library_name="diffusers",
@@ -72,7 +70,7 @@ def front_matter(record: RunRecord, title: str, datasets: list[str], tags: list[
         license_name=record.base_license.name,
         license_link=record.base_license.link,
         datasets=list(dict.fromkeys(datasets)) or None,
-        tags=[*_GALLERY_TAGS, *sd35, *record.tags, *tags],
+        tags=[*_GALLERY_TAGS, *record.tags, *tags],
         widget=[{"text": image.prompt, "output": {"url": image.file}} for image in record.gallery] or None,
         model_name=title if results else None,
         eval_results=results or None,

@@ -5,7 +5,7 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,11 +15,8 @@ from ..hub.download import resolve
 from ..hub.locations import Origin, Resolved
 from ..lora.adapters import add_lora, lora_scaling, lora_state_dict
 from ..lora.files import read_lora
+from ..models.family import ModelFamily
 from .config import TeacherConfig, full_model, normalize_teachers
-
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
 
 
 @dataclass
@@ -88,7 +85,8 @@ def load_teachers(
     transformer: nn.Module,
     *,
     guidance_scale: float,
-    vae: "AutoencoderKL | None" = None,
+    family: ModelFamily,
+    vae: nn.Module | None = None,
     files: Mapping[str, Resolved] | None = None,
     show_progress: bool = True,
 ) -> dict[str, Teacher]:
@@ -104,7 +102,9 @@ def load_teachers(
             The student's transformer.
         guidance_scale (`float`):
             Guidance of the student, for the teachers that set none.
-        vae (`AutoencoderKL`, *optional*):
+        family ([`ModelFamily`]):
+            Family of the student's base.
+        vae (`torch.nn.Module`, *optional*):
             The student's VAE. If given, that of a teacher pipeline must have the same latents.
         files (`Mapping[str, Resolved]`, *optional*):
             What [`fetch_teachers`] returned, which is called if it is not given.
@@ -138,7 +138,7 @@ def load_teachers(
             name = teacher.model.config.get("_name_or_path")
             teacher.source = str(name or type(teacher.model).__name__)
             teacher.origin = Origin.of_model(config.name_or_path)
-            _check_full_model(task, config.name_or_path, teacher.model, transformer, vae)
+            _check_full_model(task, config.name_or_path, teacher.model, transformer, family, vae)
             teacher.model.eval().requires_grad_(False)
         teacher.fingerprint = teacher_fingerprint(teacher, transformer)
         loaded[task] = teacher
@@ -171,12 +171,24 @@ def teacher_fingerprint(teacher: Teacher, transformer: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _check_full_model(task: str, given: Any, model: nn.Module, transformer: nn.Module, vae: nn.Module | None) -> None:
+def _check_full_model(
+    task: str,
+    given: Any,
+    model: nn.Module,
+    transformer: nn.Module,
+    family: ModelFamily,
+    vae: nn.Module | None,
+) -> None:
+    if not isinstance(model, family.transformer_class):
+        raise ValueError(
+            f"The teacher of task {task!r} is a {type(model).__name__} but the student is a "
+            f"{family.transformer_class.__name__}. Use a teacher of the same model family."
+        )
     if model is transformer:
         raise ValueError(
             f"The teacher of task {task!r} is the student's own transformer. Load the teacher as a separate model."
         )
-    for name in ("in_channels", "out_channels", "joint_attention_dim", "pooled_projection_dim"):
+    for name in family.same_transformer:
         theirs, ours = model.config[name], transformer.config[name]
         if theirs != ours:
             raise ValueError(
@@ -185,7 +197,7 @@ def _check_full_model(task: str, given: Any, model: nn.Module, transformer: nn.M
             )
     if given is model or vae is None or getattr(given, "vae", None) is None:
         return
-    for name in ("latent_channels", "scaling_factor", "shift_factor"):
+    for name in family.same_vae:
         theirs, ours = given.vae.config[name], vae.config[name]
         if theirs != ours:
             raise ValueError(

@@ -44,11 +44,11 @@ class DiffusionConfig(_BaseConfig):
         noise_level (`float`, *optional*, defaults to `0.0`):
             Scale `a` of the noise injected at each step. 0 samples the ODE and trains with mean matching (Eq. 12);
             above 0 the SDE is sampled and the closed-form KL divergence is trained (Eq. 11).
-        skip_last_steps (`int`, *optional*, defaults to `1`):
-            Number of steps at the end of the rollout that are not trained. The last step of SD3.5's schedule moves
-            next to nothing.
+        skip_last_steps (`int`, *optional*):
+            Number of steps at the end of the rollout that are not trained. Defaults to the model family's: 1 where the
+            last step of the schedule moves next to nothing, as that of Stable Diffusion 3.5.
         max_sequence_length (`int`, *optional*, defaults to `128`):
-            Length of the T5 prompt in tokens.
+            Length of a prompt in tokens.
 
         > Parameters that control the tasks
 
@@ -62,7 +62,7 @@ class DiffusionConfig(_BaseConfig):
 
         prompt_cache_size (`int`, *optional*, defaults to `512`):
             Number of prompts whose embeddings are kept in CPU memory. They are encoded ahead of the rounds in chunks
-            of this size (about 1.7 MB a prompt for SD3.5 in bfloat16).
+            of this size (about 1.7 MB a prompt for Stable Diffusion 3.5 in bfloat16).
         prompt_batch_size (`int`, *optional*, defaults to `16`):
             Number of prompts encoded at once.
         offload_text_encoders (`bool`, *optional*, defaults to `True`):
@@ -176,10 +176,13 @@ class DiffusionConfig(_BaseConfig):
             "0 the SDE is sampled and the closed-form KL divergence is trained."
         },
     )
-    skip_last_steps: int = field(
-        default=1, metadata={"help": "Number of steps at the end of the rollout that are not trained."}
+    skip_last_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of steps at the end of the rollout that are not trained. Defaults to the model family's."
+        },
     )
-    max_sequence_length: int = field(default=128, metadata={"help": "Length of the T5 prompt in tokens."})
+    max_sequence_length: int = field(default=128, metadata={"help": "Length of a prompt in tokens."})
 
     # Parameters that control the tasks
     task_weights: dict[str, int] | str | None = field(
@@ -269,7 +272,7 @@ class DiffusionConfig(_BaseConfig):
         self._check("num_inference_steps", self.num_inference_steps >= 1, "at least 1")
         self._check(
             "skip_last_steps",
-            0 <= self.skip_last_steps < self.num_inference_steps,
+            self.skip_last_steps is None or 0 <= self.skip_last_steps < self.num_inference_steps,
             f"from 0 to num_inference_steps - 1 = {self.num_inference_steps - 1}, so that a step is left to train",
         )
         self._check("guidance_scale", self.guidance_scale >= 0, "0 or more")
@@ -280,8 +283,8 @@ class DiffusionConfig(_BaseConfig):
         self._check("ema_update_every", self.ema_update_every >= 1, "at least 1")
         self._check(
             "eval_num_inference_steps",
-            self.eval_num_inference_steps is None or self.eval_num_inference_steps > self.skip_last_steps,
-            f"more than skip_last_steps = {self.skip_last_steps} (or unset)",
+            self.eval_num_inference_steps is None or self.eval_num_inference_steps > (self.skip_last_steps or 0),
+            f"more than skip_last_steps = {self.skip_last_steps or 0} (or unset)",
         )
         self._check(
             "eval_guidance_scale", self.eval_guidance_scale is None or self.eval_guidance_scale >= 0, "0 or more"

@@ -38,8 +38,8 @@ class DiffusionNFTConfig(RLConfig):
     noise_level: float = field(
         default=0.0, metadata={"help": "Scale of the noise injected at each step of the rollout."}
     )
-    skip_last_steps: int = field(
-        default=1,
+    skip_last_steps: int | None = field(
+        default=None,
         metadata={"help": "Number of noise levels, drawn at random for each image, that it is not trained on."},
     )
     ema_decay: float | None = field(

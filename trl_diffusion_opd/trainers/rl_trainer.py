@@ -2,7 +2,6 @@
 """What the trainers that learn from rewards share: drawing images, scoring them, and comparing them."""
 
 import math
-import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -12,8 +11,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from accelerate.utils.memory import clear_device_cache
-from diffusers import StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from torch import nn
 from tqdm.auto import tqdm
@@ -67,14 +65,14 @@ class RLTrainer(DiffusionTrainer):
 
     def __init__(
         self,
-        model: str | Path | StableDiffusion3Pipeline,
+        model: str | Path | DiffusionPipeline,
         reward_funcs: RewardFunc | str | list[RewardFunc | str] | Mapping[str, Any],
         args: RLConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Callable | None, Callable | None] = (None, None),
-        peft_config: LoraConfig | None = None,
+        peft_config: LoraConfig | dict[str, Any] | None = None,
         adapter: str | Path | None = None,
     ):
         if train_dataset is None:
@@ -102,7 +100,7 @@ class RLTrainer(DiffusionTrainer):
             num_generations=args.num_generations,
         )
         self._experiences: dict[tuple[int, int], list[Experience]] = {}
-        self._shares: list[float] = []
+        self._loss_weights: list[float] = []
 
     def check_rewards(self, args: RLConfig) -> None:
         if unprompted := [task for task in self.reward_funcs if task not in self.datasets]:
@@ -121,7 +119,7 @@ class RLTrainer(DiffusionTrainer):
 
     def prompts_at_once(self) -> int:
         """Those of a rollout."""
-        return len(set(self.sampler.prompts_of(range(self.args.steps_per_rollout))))
+        return len(set(self.rounds.prompts_of(range(self.args.steps_per_rollout))))
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -134,8 +132,8 @@ class RLTrainer(DiffusionTrainer):
         }
 
     def plan(self) -> MethodPlan:
-        args, sampler = self.args, self.sampler
-        total = sampler.prompts_per_round * args.steps_per_rollout
+        args = self.args
+        total = self.rounds.prompts_per_round * args.steps_per_rollout
         return MethodPlan(
             objective=self.objective,
             tasks={
@@ -178,7 +176,9 @@ class RLTrainer(DiffusionTrainer):
         """Draws a batch without gradients: the final latents `[B, C, H, W]` and what `learn` needs to know."""
         raise NotImplementedError
 
-    def learn(self, model: nn.Module, experience: Experience, share: float, last: bool) -> dict[str, torch.Tensor]:
+    def learn(
+        self, model: nn.Module, experience: Experience, loss_weight: float, is_last_batch: bool
+    ) -> dict[str, torch.Tensor]:
         """
         Accumulates the gradient of a batch.
 
@@ -187,9 +187,9 @@ class RLTrainer(DiffusionTrainer):
                 The student, in its data-parallel wrapper.
             experience ([`Experience`]):
                 The batch.
-            share (`float`):
+            loss_weight (`float`):
                 Weight of each image's loss.
-            last (`bool`):
+            is_last_batch (`bool`):
                 Whether this is the last batch, in whose last backward gradients are reduced over the processes.
 
         Returns:
@@ -202,16 +202,11 @@ class RLTrainer(DiffusionTrainer):
 
     # Rounds
 
-    def training_step(self, model: nn.Module, inputs: dict[str, int], num_items_in_batch: Any = None) -> torch.Tensor:
+    def train_round(self, model: nn.Module, micro_round: int) -> tuple[torch.Tensor, int]:
         """
         One (micro-)round: every `steps_per_rollout` steps new images are drawn and scored; then a share is learned from.
         """
-        start = time.perf_counter()
-        model.train()
-        if self.args.torch_empty_cache_steps and self.state.global_step % self.args.torch_empty_cache_steps == 0:
-            clear_device_cache()
         offset = self.state.global_step % self.args.steps_per_rollout
-        micro_round = inputs["micro_round"] % self.args.gradient_accumulation_steps
         if offset == 0 and micro_round == 0:
             self.prepare_rollout()
             self.roll_out(self.state.global_step)
@@ -219,13 +214,13 @@ class RLTrainer(DiffusionTrainer):
         # At least one batch, for the reduction over the processes.
         useful = [experience for experience in experiences if experience.taken.any()] or experiences[-1:]
         metrics = [
-            self.learn(model, experience, self._shares[offset], last=experience is useful[-1]) for experience in useful
+            self.learn(model, experience, self._loss_weights[offset], is_last_batch=experience is useful[-1])
+            for experience in useful
         ]
-        loss = torch.cat([columns["loss"] for columns in metrics]).sum() * self._shares[offset]
+        loss = torch.cat([columns["loss"] for columns in metrics]).sum() * self._loss_weights[offset]
         self.check_finite(loss)
         self._log_learning(useful, metrics)
-        self.log_speed(sum(len(experience.batch.prompts) for experience in experiences), time.perf_counter() - start)
-        return loss
+        return loss, sum(len(experience.batch.prompts) for experience in experiences)
 
     @torch.no_grad()
     def roll_out(self, step: int) -> None:
@@ -233,12 +228,9 @@ class RLTrainer(DiffusionTrainer):
         Draws and scores the images of the next `steps_per_rollout` steps. Rewards are computed while more are drawn.
         """
         args, steps = self.args, range(step, step + self.args.steps_per_rollout)
-        if self._distinct_prompts is None:
-            self.prompts.prepare(step, lambda: self.sampler.prompts_of(steps))
-        else:
-            self.prompts.prepare("all", lambda: self._distinct_prompts)
+        self._prepare_prompts_of(steps)
         keys = [(offset, micro) for offset in range(len(steps)) for micro in range(args.gradient_accumulation_steps)]
-        batches = {(offset, micro): self.sampler.batches(step + offset, micro) for offset, micro in keys}
+        batches = {(offset, micro): self.rounds.batches(step + offset, micro) for offset, micro in keys}
         progress = tqdm(
             total=sum(len(batch.prompts) for group in batches.values() for batch in group),
             desc="Drawing images",
@@ -256,7 +248,7 @@ class RLTrainer(DiffusionTrainer):
                     latents, trajectory = self.draw(batch)
                     experience = Experience(batch, trajectory)
                     self._experiences[key].append(experience)
-                    images = self.decode(latents)
+                    images = self.sampler.decode(latents)
                     futures.append((experience, executor.submit(self._score, images, batch)))
                     progress.update(len(batch.prompts))
                     for _, future in futures:
@@ -292,10 +284,10 @@ class RLTrainer(DiffusionTrainer):
         # The loss of a step is the mean over the images that are learned from, in all processes.
         steps = self.args.steps_per_rollout
         counts = taken.reshape(self.args.world_size, steps, len(rewards) // steps).sum((0, 2)).tolist()
-        self._shares = [self.args.world_size / max(1, count) for count in counts]
+        self._loss_weights = [self.args.world_size / max(1, count) for count in counts]
         for index, task in enumerate(tasks):
             equal = (advantages[everywhere[2] == index] == 0).double().mean().item()
-            self._metrics[f"frac_reward_zero_std/{task}"].append(equal)
+            self.metrics[f"frac_reward_zero_std/{task}"].append(equal)
         self._log_rewards(experiences)
 
     def _log_rewards(self, experiences: list[Experience]) -> None:
@@ -308,11 +300,11 @@ class RLTrainer(DiffusionTrainer):
             scores = torch.tensor([score for part in parts for score in part[name, task]])
             valid = scores[scores.isfinite()]
             if len(valid):
-                self._metrics[f"{name}/{task}"].append(valid.mean().item())
+                self.metrics[f"{name}/{task}"].append(valid.mean().item())
             if name == "reward":
-                self._metrics[f"reward_failures/{task}"].append(len(scores) - len(valid))
+                self.metrics[f"reward_failures/{task}"].append(len(scores) - len(valid))
                 if len(valid):
-                    self._metrics[f"reward_std/{task}"].append(valid.std(correction=0).item())
+                    self.metrics[f"reward_std/{task}"].append(valid.std(correction=0).item())
 
     def _log_learning(self, experiences: list[Experience], metrics: list[dict[str, torch.Tensor]]) -> None:
         """Means of what `learn` returned, over the images that are learned from in all processes."""
@@ -324,7 +316,7 @@ class RLTrainer(DiffusionTrainer):
         for task, (*totals, count) in zip(tasks, self.accelerator.reduce(sums).tolist(), strict=True):
             for name, total in zip(names, totals, strict=True):
                 if count:
-                    self._metrics[f"{name}/{task}"].append(total / count)
+                    self.metrics[f"{name}/{task}"].append(total / count)
 
     def describe_rewards(self) -> str:
         """The tasks and their rewards, in words."""
@@ -341,7 +333,7 @@ class RLTrainer(DiffusionTrainer):
             )
 
 
-def only(taken: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+def zero_unselected(taken: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """
     What was kept of images, `[B, ...]`, 0 for those that are not learned from: in the backward their NaN would be NaN
     even with a weight of 0. The batch keeps its size, on which rounding depends.

@@ -40,8 +40,7 @@ def record_run(trainer: "DiffusionTrainer") -> RunRecord:
     """The record of a trainer's run as it stands."""
     args, state, outcome = trainer.args, trainer.state, trainer.outcome
     name = trainer.hub_model_id or Path(args.output_dir).resolve().name
-    _, height, width = trainer.latent_shape
-    factor = trainer.pipeline.vae_scale_factor
+    height, width = trainer.family.image_size(trainer.pipeline, trainer.latent_shape)
     functions = [func for funcs in trainer.reward_funcs.values() for func in funcs]
     described = trainer.describe_run()
     if trainer.adapter_origin is not None:
@@ -52,21 +51,24 @@ def record_run(trainer: "DiffusionTrainer") -> RunRecord:
         repo_id=trainer.hub_model_id,
         revision=args.hub_revision,
         base_license=trainer.base_license,
-        tags=[*trainer._tag_names, *(["hf_jobs"] if "JOB_ID" in os.environ else [])],
+        tags=[
+            *trainer.family.card_tags(trainer.base_origin.repo_id),
+            *trainer._tag_names,
+            *(["hf_jobs"] if "JOB_ID" in os.environ else []),
+        ],
         prompts=[_prompts(trainer, task, data) for task, data in trainer.datasets.items()],
         eval_prompts=[_eval_prompts(trainer, task, data) for task, data in trainer.eval_datasets.items()],
         inference={
-            "height": height * factor,
-            "width": width * factor,
+            "height": height,
+            "width": width,
             "num_inference_steps": len(trainer.eval_schedule),
-            "guidance_scale": trainer.student_policy.guidance_scale,
-            "max_sequence_length": args.max_sequence_length,
+            **trainer.family.call_arguments(trainer.student_policy.guidance_scale, args.max_sequence_length),
         },
         dtype="bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
         settings={**changed_settings(args), **lora_settings(trainer.transformer.peft_config[STUDENT])},
         rounds=state.global_step,
         planned_rounds=max(0, state.max_steps or args.max_steps),
-        images_per_round=trainer.sampler.prompts_per_round * args.world_size,
+        images_per_round=trainer.rounds.prompts_per_round * args.world_size,
         seconds=outcome.seconds,
         hardware=hardware(trainer),
         gallery=outcome.gallery,
@@ -156,8 +158,8 @@ def hardware(trainer: "DiffusionTrainer") -> dict[str, Any]:
         "device": device_name(trainer.accelerator.device),
         "num_processes": trainer.args.world_size,
     }
-    if trainer._peak_memory:
-        facts["peak_memory_gb"] = round(trainer._peak_memory / 2**30, 2)
+    if trainer.metrics.peak_memory:
+        facts["peak_memory_gb"] = round(trainer.metrics.peak_memory / 2**30, 2)
     return facts
 
 

@@ -248,10 +248,10 @@ def test_stock_pipeline_gives_the_images_of_training(tmp_path, averaged):
     trainer.train()
     trainer.save_model()
     batch = evaluation_batch(trainer.datasets["count"], "count", [0, 1], seed=0, column="prompt")
-    trainer.grid_prompts.prepare("test", lambda: batch.prompts)
+    trainer.grid.prompts.prepare("test", lambda: batch.prompts)
     with trainer.student_weights(average=True):
-        expected = trainer.sample_images(trainer.student_policy, batch)
-    base = trainer.sample_images(trainer.policies()[0], batch)
+        expected = trainer.grid.sample_batch(trainer.student_policy, batch)
+    base = trainer.grid.sample_batch(trainer.policies()[0], batch)
     assert (expected - base).abs().max() > 1e-3
 
     pipe = tiny_pipeline()
@@ -260,7 +260,7 @@ def test_stock_pipeline_gives_the_images_of_training(tmp_path, averaged):
     images = StableDiffusion3Pipeline.__call__(
         pipe,
         batch.prompts,
-        latents=trainer.noise_sources(batch.seeds)[0],
+        latents=trainer.sampler.noise(batch.seeds)[0],
         num_inference_steps=6,
         guidance_scale=2.0,
         max_sequence_length=16,

@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resolution", type=int, help="height and width, by default 512, or the base's own size if that is smaller"
     )
-    parser.add_argument("--max_sequence_length", type=int, help="length of the T5 prompt in tokens, by default 128")
+    parser.add_argument("--max_sequence_length", type=int, help="length of a prompt in tokens, by default 128")
     parser.add_argument("--seed", type=int, help="seed of all noise, by default 42")
     parser.add_argument(
         "--dtype",

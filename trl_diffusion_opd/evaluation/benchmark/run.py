@@ -18,7 +18,7 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gath
 from ...hub.locations import Origin
 from ...models.loading import check_pipeline
 from ...utils.distributed import check_processes, use_all_cores
-from .drawing import ImageSpec, Painter, draw_images
+from .drawing import EntrySampler, ImageSpec, draw_images
 from .entries import DEFAULT_GUIDANCE, Entry, choose_entries, load_loras
 from .folder import ResultsFolder
 from .report import write_report
@@ -91,7 +91,7 @@ def evaluate(
         resolution (`int`, *optional*):
             Height and width; by default 512 or the base's own size if that is smaller.
         max_sequence_length (`int`, *optional*, defaults to `128`):
-            Length of the T5 prompt in tokens.
+            Length of a prompt in tokens.
         seed (`int`, *optional*, defaults to `42`):
             Seed of all noise.
         dtype (`str`, *optional*):
@@ -127,7 +127,7 @@ def evaluate(
     suites = choose_benchmarks(benchmarks, prompts, rewards)
     scorers = make_scorers(suites, accelerator.device, reward_options)
     with accelerator.main_process_first():
-        origin = check_pipeline(model)
+        origin, family = check_pipeline(model)
         loaded = load_loras(loras or {})
     sets = _by_main(accelerator, lambda: {suite.name: _load_prompts(folder, suite) for suite in suites})
     rows = {name: found for name, (found, _) in sets.items()}
@@ -151,11 +151,12 @@ def evaluate(
     places = {suite.name: positions(len(rows[suite.name]), num_images or len(rows[suite.name])) for suite in suites}
     missing = _missing_images(folder, entries, places, rows, seed)
     accelerator.wait_for_everyone()  # all have looked: now files may come
-    painter = None
+    sampler = None
     if missing:
-        painter = Painter(
+        sampler = EntrySampler(
             model,
             origin,
+            family,
             loaded,
             dtype=getattr(torch, dtype),
             device=accelerator.device,
@@ -164,14 +165,14 @@ def evaluate(
             max_sequence_length=max_sequence_length,
             show_progress=main,
         )
-        settings["resolution"] = painter.resolution
+        settings["resolution"] = sampler.resolution
     _by_main(accelerator, lambda: _start(folder, settings, rows))
-    if painter is not None:
+    if sampler is not None:
         # Shared by prompt, so that each is encoded once.
         own = missing[accelerator.process_index :: accelerator.num_processes]
         wanted = [image for images in own for image in images]
-        draw_images(painter, folder, wanted, batch_size=batch_size, show_progress=main)
-    del painter
+        draw_images(sampler, folder, wanted, batch_size=batch_size, show_progress=main)
+    del sampler
     gc.collect()
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()

@@ -13,7 +13,7 @@ from tests.support.benchmark_world import LENGTH, SIZE, World
 from tests.support.space_app import TEACHERS
 from trl_diffusion_opd import cli
 from trl_diffusion_opd.evaluation.benchmark import suites
-from trl_diffusion_opd.evaluation.benchmark.drawing import Painter
+from trl_diffusion_opd.evaluation.benchmark.drawing import EntrySampler
 from trl_diffusion_opd.evaluation.benchmark.entries import choose_entries
 from trl_diffusion_opd.evaluation.benchmark.folder import ResultsFolder
 from trl_diffusion_opd.evaluation.benchmark.run import evaluate
@@ -174,5 +174,7 @@ def test_a_large_base_draws_512_pixels_by_default(world, tmp_path):
     pipe.save_pretrained(tmp_path / "large")
     options = {"num_inference_steps": 1, "device": torch.device("cpu"), "dtype": torch.float32}
     for model, resolution in ((world.base, SIZE), (tmp_path / "large", 512)):
-        painter = Painter(model, check_pipeline(model), {}, resolution=None, max_sequence_length=LENGTH, **options)
-        assert (painter.resolution, painter.latent_shape) == (resolution, (4, resolution // 2, resolution // 2))
+        sampler = EntrySampler(
+            model, *check_pipeline(model), {}, resolution=None, max_sequence_length=LENGTH, **options
+        )
+        assert (sampler.resolution, sampler.sampler.latent_shape) == (resolution, (4, resolution // 2, resolution // 2))
