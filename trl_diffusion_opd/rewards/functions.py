@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from ..data.rounds import Prompts, TaskBatch
-from . import load_reward
 from .base import Reward
+from .registry import load_reward
 
 
 # `f(images, prompts, **columns) -> scores`: images as a float tensor `[B, 3, H, W]` in `[0, 1]`, the other columns of

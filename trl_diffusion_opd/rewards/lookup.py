@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from . import REWARDS
+from .registry import REWARDS
 
 
 def locate(value: Any, recipe: Path | None) -> Any:
