@@ -78,7 +78,8 @@ def jobs_of(folder: Path, seed: int, num_images: int) -> dict[str, Job]:
     loras += [f"{name}={folder / PARTS[name][-1]}" for name in ("joint-grpo-guard", "joint-nft", "cascade-nft", "opd")]
     teachers = ",".join(f"teacher-{task}" for task in TASKS)
     evaluation = [sys.executable, "-m", "trl_diffusion_opd", "eval", "--model", str(SHAPES / "base")]
-    evaluation += ["--benchmarks", "shapes", "--num_images", str(num_images), "--num_inference_steps", "10"]
+    evaluation += ["--benchmarks", str(SHAPES / "benchmarks.yaml"), "--num_images", str(num_images)]
+    evaluation += ["--num_inference_steps", "10"]
     evaluation += ["--max_sequence_length", "10", "--seed", str(42 + seed), "--batch_size", "64", "--use_cpu"]
     evaluation += ["--output_dir", str(folder / "evaluation"), "--guidance_scale", "1", "base=1", f"base={GUIDANCE}"]
     evaluation += ["--lora", *loras, "--merge", f"sum={teachers}", f"mean={teachers}"]

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from tests.support.tiny import random_lora, save_diffusers_lora, save_peft_lora, tiny_pipeline
+from trl_diffusion_opd.evaluation.benchmark.arguments import EvaluationArguments
 from trl_diffusion_opd.evaluation.benchmark.run import evaluate
 
 
@@ -56,7 +57,7 @@ class World:
             "use_cpu": True,
             "output_dir": self.folder / name,
         }
-        return evaluate(changes.pop("model", self.base), **{**arguments, **changes})
+        return evaluate(EvaluationArguments(**{"model": self.base, **arguments, **changes}))
 
     @property
     def calls(self) -> list[int]:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..evaluation.benchmark import add_arguments as _eval_arguments
 from ..rewards import REWARDS
 
 
@@ -17,6 +16,7 @@ TRAININGS = {
     "grpo": "train a LoRA from rewards by GRPO-Guard or Flow-GRPO, from a recipe",
     "nft": "train a LoRA from rewards by DiffusionNFT, from a recipe",
 }
+EVALUATION = {"eval": "draw benchmarks with LoRAs and score the images"}
 TOKEN = (
     "The token is the one of `hf auth login` or of the environment variable HF_TOKEN, never an option: the history of "
     "the shell and the list of processes would show it."
@@ -112,12 +112,6 @@ def space(student: str, **arguments) -> None:
 
 def rewards(**arguments) -> None:
     from ..rewards.check import main
-
-    main(**arguments)
-
-
-def evaluate(**arguments) -> None:
-    from ..evaluation.benchmark import main
 
     main(**arguments)
 
@@ -223,13 +217,5 @@ COMMANDS = {
         "Lists the built-in rewards and what they need, or with --check compares their scores with known ones.",
         _rewards_arguments,
         rewards,
-    ),
-    "eval": Command(
-        "draw benchmarks with LoRAs and score the images",
-        "Draws the prompts of benchmarks with a base and LoRAs on it, scores the images, and writes tables, a dataset "
-        "and pages with the images. Run again, it goes on where it stopped.",
-        _eval_arguments,
-        evaluate,
-        "`accelerate launch -m trl_diffusion_opd eval ...` shares the work among processes.",
     ),
 }

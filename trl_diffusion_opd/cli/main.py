@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from .. import __version__
-from .commands import COMMANDS, TOKEN, TRAININGS
+from .commands import COMMANDS, EVALUATION, TOKEN, TRAININGS
 from .launch import LAUNCHING, split_launch_options
 from .parser import PROG, Parser, fail, silence_imports
 
@@ -26,6 +26,8 @@ def main(argv: list[str] | None = None) -> None:
         fail(f"`--token` is no option. {TOKEN}")  # and is not repeated here
     if argv and argv[0] in TRAININGS:
         return train(argv[1:], argv[0], prog=f"{PROG} {argv[0]}")
+    if argv and argv[0] in EVALUATION:
+        return evaluate(argv[1:], prog=f"{PROG} {argv[0]}")
     parser = Parser(
         prog=PROG, description="Several LoRA teachers into one LoRA, and what comes after.", allow_abbrev=False
     )
@@ -46,6 +48,8 @@ def main(argv: list[str] | None = None) -> None:
             argument_default=argparse.SUPPRESS,
         )
         command.add_arguments(subparser)
+    for name, text in EVALUATION.items():
+        subparsers.add_parser(name, help=text)
     # Options may also be written with hyphens, as those of `hf` and of `train`.
     argv = [re.sub(r"^--[\w-]+", lambda match: "--" + match[0][2:].replace("-", "_"), part) for part in argv]
     arguments = vars(parser.parse_args(argv))
@@ -83,3 +87,11 @@ def train(
     from .train import main
 
     main(argv, method=method, prog=prog, epilog=LAUNCHING)
+
+
+def evaluate(argv: list[str], *, prog: str | None = None) -> None:
+    """Evaluates LoRAs on benchmarks: `trl-diffusion-opd eval`."""
+    silence_imports()
+    from .evaluate import main
+
+    main(argv, prog=prog)

@@ -4,17 +4,18 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import yaml
-from peft import LoraConfig
 from trl import TrlParser
 
-from ..models.loading import default_lora
 from ..rewards import REWARDS
 from ..rewards.lookup import find_reward, locate
-from ..trainers.base_config import DiffusionConfig
 from .parser import Parser
+
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 
 @dataclass
@@ -124,8 +125,10 @@ class ScriptArguments:
             "adapter": locate(self.adapter, recipe),
         }
 
-    def peft_config(self) -> LoraConfig | None:
+    def peft_config(self) -> "LoraConfig | None":
         """The student's LoRA; `None` to take that of the adapter."""
+        from ..models.loading import default_lora  # takes seconds, which `--help` does not need
+
         settings = {"r": self.lora_r, "lora_alpha": self.lora_alpha, "target_modules": self.lora_target_modules}
         settings = {name: value for name, value in settings.items() if value is not None}
         return default_lora(**settings) if settings or self.adapter is None else None
@@ -204,30 +207,31 @@ class _RecipeParser(Parser, TrlParser):
 
 def parse_recipe(
     argv: list[str],
-    kinds: tuple[type[ScriptArguments], type[DiffusionConfig]],
+    kinds: tuple[type, ...],
     *,
+    usage: str = "%(prog)s --config RECIPE [--SETTING VALUE ...]",
     description: str | None = None,
     prog: str | None = None,
     epilog: str | None = None,
-) -> tuple[ScriptArguments, DiffusionConfig, Path | None]:
+) -> tuple[Any, ...]:
     """
-    Parses the command line of a training.
+    Parses the command line of a training or an evaluation.
 
     Args:
         argv (`list[str]`):
             The arguments.
-        kinds (`tuple[type, type]`):
-            Dataclasses of what is trained on what, and of the settings of the trainer.
-        description (`str`, *optional*), prog (`str`, *optional*), epilog (`str`, *optional*):
+        kinds (`tuple[type, ...]`):
+            Dataclasses of the settings, such as those of what is trained on what and of the trainer.
+        usage (`str`, *optional*), description (`str`, *optional*), prog (`str`, *optional*), epilog (`str`, *optional*):
             Start of the text of `--help`, name of the command in it (by default that of the running script), its end.
 
     Returns:
-        Both, and the file that was given with `--config`.
+        One of each kind, and the file that was given with `--config`.
     """
     parser = _RecipeParser(
         kinds,
         prog=prog,
-        usage="%(prog)s --config RECIPE [--SETTING VALUE ...]",
+        usage=usage,
         description=description,
         epilog=epilog,
         allow_abbrev=False,
@@ -242,11 +246,11 @@ def parse_recipe(
         if not recipe.is_file():
             raise ValueError(f"There is no recipe {str(recipe)!r}. Check the path after `--config`.")
         check_unique_keys(recipe)
-    script_args, training_args, *_, keys, options = parser.parse_args_and_config(
+    *parsed, keys, options = parser.parse_args_and_config(
         argv, return_remaining_strings=True, separate_remaining_strings=True
     )
     if keys:
         raise ValueError(f"{recipe}: unknown settings {' '.join(keys)}. `{parser.prog} --help` lists all.")
     if options:
         raise ValueError(f"Unknown options {' '.join(options)}. `{parser.prog} --help` lists all.")
-    return script_args, training_args, recipe
+    return *parsed[: len(kinds)], recipe

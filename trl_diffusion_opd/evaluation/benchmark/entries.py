@@ -13,11 +13,11 @@ import torch
 from ...hub.download import resolve
 from ...hub.locations import Origin, parse_source
 from ...lora.files import LoraWeights, read_lora
+from .options import DEFAULT_GUIDANCE
 
 
 BASE = "base"
 MERGES = ("sum", "mean")
-DEFAULT_GUIDANCE = 4.5
 _RESERVED = (BASE, *(f"merge_{merge}" for merge in MERGES), "prompts")
 
 

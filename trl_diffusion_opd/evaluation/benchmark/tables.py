@@ -59,8 +59,8 @@ def make_tables(summary: dict[str, Any]) -> list[Table]:
     others: dict[str, list[dict[str, Any]]] = {}
     for row in results:
         if row not in paper:
-            title = settings["benchmarks"][row["benchmark"]]["title"]
-            others.setdefault(title.partition(",")[0], []).append(row)
+            title, _ = _parts(settings, row["benchmark"])
+            others.setdefault(title, []).append(row)
     for title, rows in others.items():
         tables.append(_scores_table(title, settings, models, rows))
     if any(value is not None for value in summary["average"].values()):
@@ -107,14 +107,20 @@ def _scores_table(title: str, settings: dict[str, Any], models: list[str], resul
 
     def name(row: dict[str, Any]) -> str:
         own = REWARD_TITLES[row["reward"]] if row["built_in"] else row["reward"]
-        # One reward may judge several benchmarks of a table.
-        return own if rewards.count(row["reward"]) == 1 else f"{row['benchmark'].removeprefix('shapes_')}: {own}"
+        # One reward may score several benchmarks of a table.
+        return own if rewards.count(row["reward"]) == 1 else f"{_parts(settings, row['benchmark'])[1]}: {own}"
 
     titles = {(row["benchmark"], row["reward"]): name(row) for row in results}
     values = {(row["model"], row["benchmark"], row["reward"]): row["value"] for row in results}
     rows = [[model, *(_number(values.get((model, *column))) for column in columns)] for model in models]
     notes = [_about_errors(results, name), *_failures(results)]
     return Table(title, ["model", *(titles[column] for column in columns)], rows, notes)
+
+
+def _parts(settings: dict[str, Any], benchmark: str) -> tuple[str, str]:
+    """The table that a benchmark is in, and what it is called there: its title before and after the comma."""
+    title, _, own = settings["benchmarks"][benchmark]["title"].partition(",")
+    return title, own.strip() or benchmark
 
 
 def _reference_table() -> Table:
