@@ -130,8 +130,7 @@ def _prepare(arguments: EvaluationArguments, accelerator: Accelerator) -> _Plan:
         "resolution": arguments.resolution or folder.load_settings().get("resolution"),
         "models": {row.name: entry_settings(row, loras) for row in entries},
         "benchmarks": {
-            suite.name: benchmark_settings(suite, *sets[suite.name], arguments.num_images, scorers)
-            for suite in suites
+            suite.name: benchmark_settings(suite, *sets[suite.name], arguments.num_images, scorers) for suite in suites
         },
     }
     _by_main(accelerator, lambda: folder.check_settings(settings))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.support.benchmark_world import PROMPTS, REWARDS, World
-from tests.support.space_app import BASE, TEACHERS
+from tests.support.space_app import BASE, SHAPES, TEACHERS
 from tests.support.tiny_geneval import save_tiny_models
 from trl_diffusion_opd.evaluation.benchmark import suites
 from trl_diffusion_opd.evaluation.benchmark.average import average, paper_table
@@ -99,7 +99,7 @@ def test_shapes(world):
         "shapes",
         model=BASE,
         loras={"aesthetic": TEACHERS / "aesthetic"},
-        benchmarks=["shapes"],
+        benchmarks=[str(SHAPES / "benchmarks.yaml")],
         prompts=None,
         rewards=None,
         num_images=8,
@@ -169,7 +169,13 @@ def test_one_reward_of_several_benchmarks_has_a_column_for_each(world):
     world.evaluate("columns", **choice)
     table = (world.folder / "columns" / "table.md").read_text()
     assert "## one\n\n| model | brightness |" in table and "## two\n\n| model | brightness |" in table
-    choice |= {"benchmarks": ["shapes"], "prompts": None, "model": BASE, "num_images": 2, "max_sequence_length": 10}
+    choice |= {
+        "benchmarks": [str(SHAPES / "benchmarks.yaml")],
+        "prompts": None,
+        "model": BASE,
+        "num_images": 2,
+        "max_sequence_length": 10,
+    }
     world.evaluate("shape_columns", **choice)
     table = (world.folder / "shape_columns" / "table.md").read_text()
     assert "| model | geneval: brightness | ocr: brightness | aesthetic: brightness |" in table
