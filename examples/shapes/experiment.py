@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("shapes-experiment"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--num_jobs", type=int, default=2, help="runs at a time")
-    parser.add_argument("--num_images", type=int, default=192, help="pictures a task and model in the evaluation")
+    parser.add_argument("--num_images", type=int, default=192, help="images a task and model in the evaluation")
     args = parser.parse_args()
     folders = {seed: args.output_dir / f"seed-{seed}" for seed in args.seeds}
     jobs = {

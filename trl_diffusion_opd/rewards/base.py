@@ -152,7 +152,7 @@ class Reward:
                     batch = self.score(
                         pixels, prompts[part], **{name: values[part] for name, values in columns.items()}
                     )
-                # As bytes, which most judges look at, what is not finite is black and would be scored so.
+                # As bytes, which most rewards look at, what is not finite is black and would be scored so.
                 for score, whole in zip(batch, pixels.isfinite().flatten(1).all(1).tolist(), strict=True):
                     scores.append(self._checked(score) if whole else self.failed("its pixels are not finite"))
             self._count(scores)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Asking a vision-language model behind an OpenAI-compatible server, such as vLLM or SGLang, about a image."""
+"""Asking a vision-language model behind an OpenAI-compatible server, such as vLLM or SGLang, about an image."""
 
 import base64
 import io
@@ -103,7 +103,7 @@ class ChatServer:
 
     def ask(self, image: Image.Image, text: str, *, max_tokens: int) -> str:
         """
-        The answer to a text about a image, at temperature 0.
+        The answer to a text about an image, at temperature 0.
 
         Raises:
             `ChatError`: there is no answer to this request.

@@ -105,7 +105,7 @@ def as_images(images: Iterable[Image.Image]) -> torch.Tensor:
 
 
 def check_text(reward: "Reward") -> Check:
-    """A word that is drawn is read, and no word is read in a image without one."""
+    """A word that is drawn is read, and no word is read in an image without one."""
     images = as_images([draw("Hello World"), draw("Hello World"), draw()])
     prompts = ['a sign that says "Hello World"', 'a sign that says "Grand Opening"', 'a sign that says "Hello World"']
     right, wrong, blank = reward(images, prompts)

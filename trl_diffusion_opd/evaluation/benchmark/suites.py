@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmarks: where their prompts are and which rewards judge their images."""
+"""The benchmarks: where their prompts are and which rewards score their images."""
 
 import hashlib
 import json
