@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands of the command line: those that train from a recipe, and the others, one entry of `COMMANDS` each."""
+"""The commands of the command line: those that have recipes, and the others, one entry of `COMMANDS` each."""
 
 import argparse
 import json
@@ -16,6 +16,7 @@ TRAININGS = {
     "grpo": "train a LoRA from rewards by GRPO-Guard or Flow-GRPO, from a recipe",
     "nft": "train a LoRA from rewards by DiffusionNFT, from a recipe",
 }
+# Its options are those of `EvaluationArguments`.
 EVALUATION = {"eval": "draw benchmarks with LoRAs and score the images"}
 TOKEN = (
     "The token is the one of `hf auth login` or of the environment variable HF_TOKEN, never an option: the history of "

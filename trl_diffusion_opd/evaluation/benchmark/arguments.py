@@ -53,7 +53,7 @@ class EvaluationArguments:
         "[NAME=]SOURCE",
         aliases="--lora",
     )
-    base: bool = field(default=True, metadata={"help": "Evaluate the base itself."})
+    base: bool = field(default=True, metadata={"help": "Evaluate the base itself; --no_base leaves it out."})
     merge: list[str] | str | None = _words(
         "Evaluate merges of the LoRAs too: sum, mean, or both; sum=a,b of two of them.", "HOW[=NAME,NAME]"
     )

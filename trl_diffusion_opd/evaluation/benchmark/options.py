@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From the words of the command line, or the mappings of a recipe, to mappings by name."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
@@ -53,12 +54,13 @@ def parse_guidance(value: Any) -> dict[str | None, list[float]]:
         words = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
         scales = group([str(word) for word in words])
     try:
-        return {name: [float(scale) for scale in own] for name, own in scales.items()}
-    except (TypeError, ValueError) as error:
-        shown = " ".join(map(str, value)) if isinstance(value, list) else value
-        raise ValueError(
-            f"`--guidance_scale {shown}` must be numbers, or NAME=NUMBER for one of the models."
-        ) from error
+        parsed = {name: [float(scale) for scale in own] for name, own in scales.items()}
+        if all(math.isfinite(scale) for own in parsed.values() for scale in own):
+            return parsed
+    except (TypeError, ValueError):
+        pass
+    shown = " ".join(map(str, value)) if isinstance(value, list) else value
+    raise ValueError(f"`--guidance_scale {shown}` must be finite numbers, or NAME=NUMBER for one of the models.")
 
 
 def parse_reward_options(value: Any) -> dict[str, dict[str, Any]]:

@@ -2,11 +2,14 @@
 """The arguments of an evaluation: options, recipes and Python say the same, and bad values are told."""
 
 import json
+import subprocess
+import sys
 from dataclasses import asdict
 
 import pytest
 
 from tests.support.benchmark_world import GUIDANCE, LENGTH, STEPS, World
+from tests.support.hub_server import ROOT
 from trl_diffusion_opd import cli
 from trl_diffusion_opd.cli.recipe import parse_recipe
 from trl_diffusion_opd.evaluation.benchmark.arguments import EvaluationArguments
@@ -115,7 +118,9 @@ def test_a_recipe_from_start_to_end(tmp_path):
         ({"benchmarks": ["ocr", 5]}, "`--benchmarks` takes text, but got 5"),
         ({"rewards": {"ocr": [None]}}, "`--rewards` takes text, but got None"),
         ({"reward_options": {"ocr": 3}}, "`reward_options` of 'ocr' must be a mapping"),
-        ({"guidance_scale": {"base": [None]}}, "`--guidance_scale {'base': [None]}` must be numbers"),
+        ({"guidance_scale": {"base": [None]}}, "`--guidance_scale {'base': [None]}` must be finite numbers"),
+        ({"guidance_scale": ["base=inf", "2"]}, "`--guidance_scale base=inf 2` must be finite numbers"),
+        ({"guidance_scale": float("nan")}, "`--guidance_scale nan` must be finite numbers"),
     ],
 )
 def test_bad_values(changes, message):
@@ -136,3 +141,21 @@ def test_unknown_settings(tmp_path, capsys):
         cli.main(["eval", "--config", str(tmp_path / "recipe.yaml")])
     error = capsys.readouterr().err
     assert exit_info.value.code == 2 and "unknown settings --learning_rate 3. `trl-diffusion-opd eval --help`" in error
+
+
+HELP = """
+import sys
+from trl_diffusion_opd.cli.main import main
+try:
+    main(["eval", "--help"])
+except SystemExit as error:
+    assert not error.code
+heavy = {"torch", "diffusers", "peft", "datasets", "accelerate", "numpy"} & sys.modules.keys()
+assert not heavy, heavy
+"""
+
+
+def test_help_loads_no_model_code():
+    done = subprocess.run([sys.executable, "-c", HELP], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: trl-diffusion-opd eval --model BASE [--config RECIPE]")

@@ -107,7 +107,7 @@ def test_an_option_that_comes_twice_is_one_longer_option(world):
         ("--model {base} --lora a={txt} b={txt} --merge sum sum=a,b", "`--merge` has 'sum' twice"),
         ("--model {base} --no_base", "There is nothing to evaluate. Pass `--lora`, or leave out `--no_base`"),
         ("--model {base} --guidance_scale x=1", "`--guidance_scale` names 'x', but the models are base."),
-        ("--model {base} --guidance_scale high", "`--guidance_scale high` must be numbers, or NAME=NUMBER"),
+        ("--model {base} --guidance_scale high", "`--guidance_scale high` must be finite numbers, or NAME=NUMBER"),
         ("--model {base} --reward_options ocr.x", "`--reward_options ocr.x` must be REWARD.OPTION=VALUE"),
         ("--model {base} --reward_options ocr.x=[", "`--reward_options ocr.x=[`: '[' is no value in YAML"),
         ("--model {base} --benchmarks index", "A benchmark cannot be called 'index'"),
