@@ -4,6 +4,7 @@
 import hashlib
 import json
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,7 @@ def read_benchmarks(file: str | Path) -> dict[str, Benchmark]:
         raise ValueError(f"There is no file of benchmarks {str(file)!r}. Check the path after `--benchmarks`.")
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{str(file)!r} is no YAML: {error}") from error
     benchmarks = {}
     for number, entry in enumerate(content if isinstance(content, list) else [content], 1):
@@ -89,9 +90,9 @@ def _read_benchmark(entry: Any, file: Path, where: str) -> Benchmark:
     texts = {key: entry.get(key) for key in ("name", "prompts")} | {"title": entry.get("title", entry.get("name"))}
     for key, value in texts.items():
         if not isinstance(value, str) or not value:
-            raise ValueError(f"{where}: `{key}` must be text, but is {value!r}.")
+            raise ValueError(f"{where}: `{key}` must be text, but is {reprlib.repr(value)}.")
     if not isinstance(rewards, list) or not rewards or not all(isinstance(spec, str) for spec in rewards):
-        raise ValueError(f"{where}: `rewards` must be a name or a list of names, but is {rewards!r}.")
+        raise ValueError(f"{where}: `rewards` must be a name or a list of names, but is {reprlib.repr(rewards)}.")
     specs = tuple(_beside(file, spec) for spec in rewards)
     return Benchmark(texts["name"], texts["title"], _beside(file, texts["prompts"]), specs)
 

@@ -20,6 +20,10 @@ MINE = """
 """
 
 
+# Each of its lines is ten times the one before.
+BOMB = "".join(f"b{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 10))
+
+
 @pytest.fixture
 def file(tmp_path) -> Path:
     (tmp_path / "set").mkdir()
@@ -84,6 +88,9 @@ def test_the_package_does_not_know_the_example():
         ("name: a\nprompts: b", "benchmark 1: `rewards` must be a name or a list of names, but is None"),
         ("name: a\nprompts: b\nrewards: [c, 4]", "`rewards` must be a name or a list of names, but is ['c', 4]"),
         ("- {name: a, prompts: b, rewards: c}\n- {name: a, prompts: d, rewards: c}", "has two benchmarks 'a'"),
+        (f"rewards: &a0 [x]\n{BOMB}prompts: b\nname: *a9", "benchmark 1: there is no 'b1'. It has"),
+        (f"name: {'[' * 2000}{']' * 2000}", "is no YAML: maximum recursion depth exceeded"),
+        (f"name:\n- &a0 [x]\n{BOMB.replace('b', '- b')}prompts: b\nrewards: c", "`name` must be text, but is [["),
         ("name: a/b\nprompts: b\nrewards: c", "A benchmark cannot be called 'a/b'"),
     ],
 )
