@@ -49,9 +49,9 @@ def parse_rewards(value: Any) -> dict[str | None, list[str]]:
 def parse_guidance(value: Any) -> dict[str | None, list[float]]:
     """Guidance scales by model, those of all others under `None`."""
     if isinstance(value, Mapping):
-        scales = {name: own if isinstance(own, Sequence) else [own] for name, own in value.items()}
+        scales = {name: own if isinstance(own, (list, tuple)) else [own] for name, own in value.items()}
     else:
-        words = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+        words = value if isinstance(value, (list, tuple)) else [value]
         scales = group([str(word) for word in words])
     try:
         parsed = {name: [float(scale) for scale in own] for name, own in scales.items()}

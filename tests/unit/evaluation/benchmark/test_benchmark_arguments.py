@@ -133,6 +133,8 @@ def test_a_word_is_not_a_list_of_letters():
     arguments = EvaluationArguments("x", benchmarks="ocr", merge="sum", rewards="ocr", loras="folder/a")
     assert (arguments.benchmarks, arguments.merge, arguments.rewards) == (["ocr"], ["sum"], {None: ["ocr"]})
     assert arguments.loras == {"a": "folder/a"}
+    for scale in (2.5, "2.5", [2.5], {None: "2.5"}, {None: (2.5,)}):
+        assert EvaluationArguments("x", guidance_scale=scale).guidance_scale == {None: [2.5]}
 
 
 def test_unknown_settings(tmp_path, capsys):
