@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA files with something wrong, or odd, in them: a right one is written, and a part of it replaced."""
+"""LoRA files for the tests: all that is written of one, and some with something wrong, or odd, in them."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from functools import cache
@@ -12,7 +13,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tests.support.tiny import random_lora, save_diffusers_lora, save_peft_lora
+from tests.support.tiny import random_lora, save_diffusers_lora, save_peft_lora, tiny_transformer
+from trl_diffusion_opd.lora.adapters import add_lora, save_lora
+from trl_diffusion_opd.lora.convert import FORMATS, convert_lora
+from trl_diffusion_opd.lora.files import LoraWeights
 
 
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -91,3 +95,15 @@ def _rewrite(file: Path, prefix: str, change: Change, header: dict[str, str]) ->
     save_file(
         {f"{prefix}{name}": tensor.contiguous() for name, tensor in change(tensors).items()}, file, metadata=header
     )
+
+
+def write_all(folder: Path) -> dict[str, str]:
+    """Every file that this package writes of one LoRA, and its SHA-256."""
+    config, state_dict = random_lora(seed=1, alpha_pattern={"attn.to_q": 3, "attn.to_v": 1})
+    transformer = tiny_transformer()
+    add_lora(transformer, LoraWeights(config, state_dict), "default")
+    save_lora(folder / "saved", transformer)
+    for form in FORMATS:
+        convert_lora(folder / "saved", folder / form, form)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

@@ -267,7 +267,7 @@ def _inject(transformer: nn.Module, weights: LoraWeights, adapter_name: str) -> 
     except ValueError as error:  # PEFT's "no module matches" is one
         raise ValueError(
             f"{weights.owner}: nothing of the LoRA could be applied to the transformer; it was trained for another "
-            f"base model. {error}"
+            f"base model. {' '.join(str(error).split())}"
         ) from error
     # PEFT gives the adapter the dtype of the base, and a small update does not survive being rounded to bf16.
     for module in transformer.modules():

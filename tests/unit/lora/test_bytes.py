@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The same LoRA is written with the same bytes, in every process."""
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -12,22 +11,11 @@ from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from tests.support.lora_files import write_all
 from tests.support.tiny import SD3_TARGETS, random_lora, save_peft_lora, tiny_transformer
 from trl_diffusion_opd.lora.adapters import add_lora, save_lora
-from trl_diffusion_opd.lora.convert import FORMATS, convert_lora
+from trl_diffusion_opd.lora.convert import convert_lora
 from trl_diffusion_opd.lora.files import LoraWeights
-
-
-def write_all(folder):
-    """Every file that this package writes of one LoRA, and its SHA-256."""
-    config, state_dict = random_lora(seed=1, alpha_pattern={"attn.to_q": 3, "attn.to_v": 1})
-    transformer = tiny_transformer()
-    add_lora(transformer, LoraWeights(config, state_dict), "default")
-    save_lora(folder / "saved", transformer)
-    for form in FORMATS:
-        convert_lora(folder / "saved", folder / form, form)
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def test_again_and_again(tmp_path):
@@ -45,20 +33,22 @@ def test_again_and_again(tmp_path):
 
 @pytest.mark.slow
 def test_in_other_processes(tmp_path):
-    program = (
-        "import sys; from pathlib import Path; from tests.unit.lora import test_bytes; "
-        "print(test_bytes.write_all(Path(sys.argv[1])))"
-    )
+    program = "import sys; from pathlib import Path; from tests.support.lora_files import write_all; "
+    program += "print(write_all(Path(sys.argv[1])))"
     expected = str(write_all(tmp_path / "here"))
-    for seed in ("0", "1"):
-        process = subprocess.run(
+    processes = [
+        subprocess.Popen(
             [sys.executable, "-c", program, str(tmp_path / seed)],
-            env=os.environ | {"PYTHONHASHSEED": seed},
-            capture_output=True,
+            env=os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)},
+            stdout=subprocess.PIPE,
             text=True,
-            check=True,
         )
-        assert process.stdout.strip().splitlines()[-1] == expected
+        for seed in ("0", "1")
+    ]
+    for process in processes:
+        written, _ = process.communicate(timeout=300)
+        assert process.returncode == 0
+        assert written.strip().splitlines()[-1] == expected
 
 
 def test_what_is_written_is_what_diffusers_and_peft_write(tmp_path):
