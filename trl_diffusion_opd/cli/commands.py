@@ -143,7 +143,9 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("destination", metavar="DESTINATION", help="folder to write into, new or empty")
     parser.add_argument(
-        "--to", choices=("diffusers", "peft"), help="format to write; by default the one that SOURCE is not in"
+        "--to",
+        choices=("diffusers", "peft", "comfyui"),
+        help="format to write; by default diffusers or PEFT, whichever SOURCE is not",
     )
     parser.add_argument(
         "--weight_name",
@@ -200,8 +202,8 @@ COMMANDS = {
         card,
     ),
     "convert": Command(
-        "convert a LoRA between the formats of diffusers and PEFT",
-        "Converts a LoRA between the formats of diffusers and PEFT, exactly, and prints the path of the written file.",
+        "convert a LoRA between the formats of diffusers, PEFT and ComfyUI",
+        "Converts a LoRA between the formats of diffusers, PEFT and ComfyUI, exactly, and prints the path of the file.",
         _convert_arguments,
         convert,
         f"For a private or gated SOURCE: {TOKEN[0].lower()}{TOKEN[1:]}",
