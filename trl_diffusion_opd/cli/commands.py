@@ -11,12 +11,13 @@ from ..evaluation.benchmark import add_arguments as _eval_arguments
 from ..rewards import REWARDS
 
 
-# The methods of `script.METHODS`, in a few words.
+# The methods of `train.METHODS`, in a few words.
 TRAININGS = {
-    "train": "distill teachers into one student, from a recipe",
+    "opd": "distill teachers into one student, from a recipe",
     "grpo": "train a LoRA from rewards by GRPO-Guard or Flow-GRPO, from a recipe",
     "nft": "train a LoRA from rewards by DiffusionNFT, from a recipe",
 }
+ALIASES = {"train": "opd"}
 TOKEN = (
     "The token is the one of `hf auth login` or of the environment variable HF_TOKEN, never an option: the history of "
     "the shell and the list of processes would show it."

@@ -21,6 +21,10 @@ def locate(value: Any, recipe: Path | None) -> Any:
 
 def find_reward(spec: str, recipe: Path | None = None) -> Callable | str:
     """The function that a recipe names, or the name of a built-in reward."""
+    if not isinstance(spec, str):
+        raise ValueError(
+            f"A reward is the name of a built-in one or of a function, as `module:function`, but is {spec!r}."
+        )
     if spec in REWARDS:
         return spec
     module, separator, name = spec.rpartition(":")
