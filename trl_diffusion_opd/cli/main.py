@@ -2,14 +2,13 @@
 """The command line, `trl-diffusion-opd COMMAND`. What a command needs is imported when it runs: `--help` is fast."""
 
 import argparse
-import os
 import re
 import sys
 from pathlib import Path
 
 from .. import __version__
 from .commands import ALIASES, COMMANDS, TOKEN, TRAININGS
-from .launch import LAUNCHING, split_launch_options
+from .launch import LAUNCHING, launch, split_launch_options
 from .parser import BAD_INPUT, PROG, Parser, fail, one_line_errors, silence_imports
 
 
@@ -81,8 +80,7 @@ def train(
     if default_recipe is not None and not any(part.partition("=")[0] == "--config" for part in argv):
         argv = ["--config", str(default_recipe), *argv]
     if launch_options:
-        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *launch_options]
-        os.execv(sys.executable, [*launcher, "-m", "trl_diffusion_opd", method, *argv])
+        return launch(launch_options, method, argv)
     silence_imports()
     from .train import main
 

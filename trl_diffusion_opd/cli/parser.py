@@ -13,8 +13,8 @@ from typing import NoReturn
 
 
 PROG = "trl-diffusion-opd"
-# After one process has failed, the launcher ends the others within this time.
-SECONDS_TO_END_ALL = 3
+# After one process has failed, the launcher ends the others within this time, on a busy machine too.
+SECONDS_TO_END_ALL = 10
 BAD_INPUT = (ValueError, OSError, ImportError)
 CLOSED_PIPE = 128 + 13  # what shells call a program that SIGPIPE has ended
 

@@ -20,17 +20,18 @@ def check_recipe(recipe: Path) -> None:
         recipe (`Path`):
             The file.
     """
-    text = recipe.read_text(encoding="utf-8")
-    try:
-        root = yaml.compose(text, yaml.SafeLoader)
-        if not isinstance(root, yaml.MappingNode):
-            raise ValueError(f"{recipe} must have settings, as in `max_steps: 100`, but has none.")
-        _count(root, recipe, {})
-        settings = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{recipe} is no YAML: {error}") from error
-    except RecursionError:
-        raise ValueError(f"{recipe}: values are nested too deeply. Write them flat.") from None
+    with open(recipe, encoding="utf-8") as file:
+        try:
+            root = yaml.compose(file, yaml.SafeLoader)
+            if not isinstance(root, yaml.MappingNode):
+                raise ValueError(f"{recipe} must have settings, as in `max_steps: 100`, but has none.")
+            _count(root, recipe, {})
+            file.seek(0)
+            settings = yaml.safe_load(file)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{recipe} is no YAML: {error}") from error
+        except RecursionError:
+            raise ValueError(f"{recipe}: values are nested too deeply. Write them flat.") from None
     if "env" in settings:
         # TRL would set it, `LD_PRELOAD` and the address that tokens are sent to included.
         raise ValueError(

@@ -72,3 +72,14 @@ def test_the_first_command_is_opd_and_train_is_another_name_of_it(tmp_path, caps
         with pytest.raises(SystemExit):
             cli.main([name, "--help"])
         assert capsys.readouterr().out.startswith(f"usage: trl-diffusion-opd {name} --config RECIPE")
+
+
+@pytest.mark.slow
+def test_accelerates_refusals_are_one_line(tmp_path):
+    (tmp_path / "two.yaml").write_text(
+        "distributed_type: MULTI_GPU\nnum_processes: 2\ngpu_ids: '0'\nnum_machines: 1\n"
+    )
+    command = [sys.executable, "-m", "trl_diffusion_opd", "opd", "--config_file", str(tmp_path / "two.yaml")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr.startswith("error: Less than two GPU ids were configured"), done.stderr
+    assert done.stderr.count("\n") == 1
