@@ -28,7 +28,7 @@ def is_address(path: str | Path) -> bool:
 
 def shown(path: str | Path) -> str:
     """A path as it may be printed: an address without its user, password and query, which may be secret."""
-    if not is_address(path):
+    if "://" not in str(path):
         return str(path)
     parts = urlsplit(str(path))
     return f"{parts.scheme}://{parts.hostname}{parts.path}"
@@ -77,7 +77,7 @@ def load_file(
         origin, file = Origin.local(path, "dataset"), Path(path)
     else:
         raise SourceError(
-            f"{owner}: the prompt file {str(path)!r} does not exist. Check its spelling. (A file of a Hub dataset is "
+            f"{owner}: the prompt file {shown(path)!r} does not exist. Check its spelling. (A file of a Hub dataset is "
             "named by a mapping with `path`, the dataset, and `data_files`.)"
         )
     reader = reader_of(path)

@@ -107,3 +107,11 @@ def test_what_may_be_secret_in_an_address_is_never_told(server, path, message):
         load_prompts({"path": address, **options})
     told = "".join(traceback.format_exception(info.value))
     assert "hf_hidden" not in told and "password" not in told, told
+
+
+def test_addresses_of_another_kind_are_told_without_secrets():
+    for path in ("ftp://me:password@host/a.txt?token=hf_hidden", "s3://me:password@host/a.zip?token=hf_hidden"):
+        with pytest.raises((ValueError, OSError)) as info:
+            load_prompts(path)
+        assert "hf_hidden" not in str(info.value) and "password" not in str(info.value)
+        assert path.partition("me:")[0] + "host/a." in str(info.value)
