@@ -65,7 +65,7 @@ def jobs_of(folder: Path, seed: int, num_images: int) -> dict[str, Job]:
     """All that is done for a seed, by name, which is also the folder of what comes of it."""
     jobs = {f"shapes-teacher-{t}": Job(teacher_command(t, folder / f"shapes-teacher-{t}", seed)) for t in TASKS}
     teachers = json.dumps({task: str(folder / f"shapes-teacher-{task}") for task in TASKS})
-    jobs["opd"] = Job(command("train", folder / "opd", seed, "--teachers", teachers), TEACHER_RUNS)
+    jobs["opd"] = Job(command("opd", folder / "opd", seed, "--teachers", teachers), TEACHER_RUNS)
     jobs["joint-grpo-guard"] = Job(command("grpo", folder / "joint-grpo-guard", seed))
     jobs["joint-nft"] = Job(command("nft", folder / "joint-nft", seed))
     last = None

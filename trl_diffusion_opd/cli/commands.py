@@ -10,12 +10,13 @@ from pathlib import Path
 from ..rewards import REWARDS
 
 
-# The methods of `script.METHODS`, in a few words.
+# The methods of `train.METHODS`, in a few words.
 TRAININGS = {
-    "train": "distill teachers into one student, from a recipe",
+    "opd": "distill teachers into one student, from a recipe",
     "grpo": "train a LoRA from rewards by GRPO-Guard or Flow-GRPO, from a recipe",
     "nft": "train a LoRA from rewards by DiffusionNFT, from a recipe",
 }
+ALIASES = {"train": "opd"}
 # Its options are those of `EvaluationArguments`.
 EVALUATION = {"eval": "draw benchmarks with LoRAs and score the images"}
 TOKEN = (

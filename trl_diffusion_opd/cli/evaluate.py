@@ -2,7 +2,7 @@
 """The body of `trl-diffusion-opd eval`: from options or a recipe to the tables of an evaluation."""
 
 from ..evaluation.benchmark.arguments import EvaluationArguments
-from .parser import fail
+from .parser import BAD_INPUT, one_line_errors
 from .recipe import parse_recipe
 
 
@@ -23,7 +23,7 @@ def main(argv: list[str], prog: str | None = None) -> None:
         prog (`str`, *optional*):
             Name of the command for `--help`.
     """
-    try:
+    with one_line_errors(*BAD_INPUT, TypeError):
         arguments, recipe = parse_recipe(
             argv,
             (EvaluationArguments,),
@@ -32,11 +32,10 @@ def main(argv: list[str], prog: str | None = None) -> None:
             prog=prog,
             epilog=EPILOG,
         )
+    with one_line_errors(*BAD_INPUT):
         from accelerate import PartialState
 
         from ..evaluation.benchmark.run import evaluate
 
         evaluate(arguments.located(recipe))
-    except (ValueError, OSError, ImportError) as error:
-        fail(error)
     PartialState().destroy_process_group()  # or a process may abort while it exits, its communication still running

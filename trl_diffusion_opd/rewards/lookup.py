@@ -27,6 +27,10 @@ def locate_function(spec: str, recipe: Path | None) -> str:
 
 def find_reward(spec: str, recipe: Path | None = None) -> Callable | str:
     """The function that a recipe names, or the name of a built-in reward."""
+    if not isinstance(spec, str):
+        raise ValueError(
+            f"A reward is the name of a built-in one or of a function, as `module:function`, but is {spec!r}."
+        )
     return spec if spec in REWARDS else load_function(locate_function(spec, recipe))
 
 

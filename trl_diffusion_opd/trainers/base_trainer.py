@@ -40,6 +40,7 @@ from .base_config import DiffusionConfig
 from .callbacks import CurvesCallback, EMACallback, FiniteGradientCallback, ImageGridCallback, StopwatchCallback
 from .disk import check_disk
 from .lora_trainer import LoraTrainer
+from .output_dir import check_output_dir
 from .plan import MethodPlan
 from .run_record import record_run, resume_record
 
@@ -74,7 +75,9 @@ class DiffusionTrainer(LoraTrainer):
                 "GPU with `accelerate launch`, or show it one GPU with `CUDA_VISIBLE_DEVICES=0`."
             )
 
-        # Where to push, tasks and prompts: checked before anything large is loaded
+        # Where to write and to push, tasks and prompts: checked before anything large is loaded
+        if args.should_save:
+            check_output_dir(args.output_dir)
         if args.push_to_hub and args.process_index == 0:
             args.hub_model_id = check_destination(args)
         self.base_origin = check_pipeline(model, args.model_init_kwargs)

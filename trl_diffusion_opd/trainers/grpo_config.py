@@ -4,6 +4,7 @@
 from dataclasses import dataclass, field
 
 from ..losses.grpo import LOSS_TYPES
+from ..utils.settings import NOT_NEGATIVE, Rule
 from .rl_config import RLConfig
 
 
@@ -29,6 +30,11 @@ class FlowGRPOConfig(RLConfig):
     > - `steps_per_rollout`: Defaults to `2` instead of `1`.
     > - `ema_decay`: Defaults to `0.9` instead of `None`.
     """
+
+    _rules = RLConfig._rules | {
+        "epsilon": Rule(lambda value: 0 < value < 1, "between 0 and 1"),
+        "beta": NOT_NEGATIVE,
+    }
 
     learning_rate: float | None = field(
         default=None,
@@ -95,5 +101,3 @@ class FlowGRPOConfig(RLConfig):
             self.epsilon = 2e-6 if guarded else 1e-4
         if self.beta is None:
             self.beta = 0.0 if guarded else 0.04
-        self._check("epsilon", 0 < self.epsilon < 1, "between 0 and 1")
-        self._check("beta", self.beta >= 0, "0 or more")

@@ -37,7 +37,7 @@ def test_every_job_is_a_command_that_its_parser_takes(tmp_path):
         assert args.seed == 3 and args.output_dir == str(tmp_path / name)
     assert {name: method for name, (method, _, _) in made.items()} == {
         **{"shapes-teacher-geneval": "nft", "shapes-teacher-ocr": "grpo", "shapes-teacher-aesthetic": "grpo"},
-        **{"opd": "train", "joint-grpo-guard": "grpo", "joint-nft": "nft"},
+        **{"opd": "opd", "joint-grpo-guard": "grpo", "joint-nft": "nft"},
         **{f"cascade-nft-{task}": "nft" for task in TASKS},
     }
     for task in TASKS:

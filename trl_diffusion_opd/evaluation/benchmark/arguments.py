@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...rewards.lookup import locate, locate_function
+from ...utils.settings import AT_LEAST_1, Rule, check_kinds, check_rules
 from .options import (
     DEFAULT_GUIDANCE,
     parse_guidance,
@@ -21,6 +22,10 @@ from .suites import BENCHMARK_FILE, BENCHMARKS, GENERATED
 
 # The paper's Table 1.
 DEFAULT_BENCHMARKS = ("geneval", "ocr", "drawbench")
+_RULES = {
+    **dict.fromkeys(("num_images", "resolution", "num_inference_steps", "batch_size"), AT_LEAST_1),
+    "max_sequence_length": Rule(lambda value: 1 <= value <= 512, "from 1 to 512"),
+}
 
 
 class _Extend(argparse.Action):
@@ -113,24 +118,12 @@ class EvaluationArguments:
     def __post_init__(self):
         for name in ("model", "output_dir"):
             if not isinstance(value := getattr(self, name), (str, Path)) or not str(value):
-                raise ValueError(f"`--{name}` must be text, but is {value!r}.")
+                raise ValueError(f"`{name}` must be text, but is {value!r}.")
             setattr(self, name, str(value))
-        for name in ("base", "use_cpu"):
-            if not isinstance(value := getattr(self, name), bool):
-                raise ValueError(f"`--{name}` must be true or false, but is {value!r}.")
-        optional = ("num_images", "resolution")
-        for name in (*optional, "num_inference_steps", "max_sequence_length", "batch_size", "seed"):
-            value = getattr(self, name)
-            if value is None and name in optional:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise ValueError(f"`--{name}` must be a whole number, but is {value!r}.")
-            if value < 1 and name != "seed":
-                raise ValueError(f"`--{name}` must be at least 1, but is {value}.")
-        if self.max_sequence_length > 512:
-            raise ValueError(f"`--max_sequence_length` must be at most 512, but is {self.max_sequence_length}.")
+        check_kinds(self)
+        check_rules(self, _RULES)
         if self.dtype not in (None, "float32", "bfloat16", "float16"):
-            raise ValueError(f"`--dtype` must be float32, bfloat16 or float16, but is {self.dtype!r}.")
+            raise ValueError(f"`dtype` must be float32, bfloat16 or float16, but is {self.dtype!r}.")
         self.loras = parse_loras(self.loras)
         self.merge = parse_words("merge", self.merge)
         self.benchmarks = parse_words("benchmarks", self.benchmarks) or list(DEFAULT_BENCHMARKS)

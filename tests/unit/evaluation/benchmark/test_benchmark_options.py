@@ -114,8 +114,8 @@ def test_an_option_that_comes_twice_is_one_longer_option(world):
         ("--model {base} --benchmarks ../up", "A benchmark cannot be called '../up'"),
         ("--model {base} {ocr} --reward_options hpsv2.dtype=x", "names 'hpsv2', but the rewards are ocr."),
         ("--model {base} {ocr} --reward_options ocr.x=1", "`--reward_options` of 'ocr': "),
-        ("--model {base} --num_images 0", "`--num_images` must be at least 1, but is 0"),
-        ("--model {base} --num_inference_steps 0", "`--num_inference_steps` must be at least 1, but is 0"),
+        ("--model {base} --num_images 0", "`num_images` must be at least 1, but is 0"),
+        ("--model {base} --num_inference_steps 0", "`num_inference_steps` must be at least 1, but is 0"),
         (
             "--model {base} {ocr} --resolution 17",
             "`height` must be a multiple of 4 (VAE factor x patch size), but is 17",
