@@ -8,7 +8,7 @@ from typing import Any
 from transformers.utils import is_torch_bf16_gpu_available
 from trl.trainer.base_config import _BaseConfig
 
-from ..sampling.transitions import check_solver
+from ..sampling.solvers import SOLVERS, check_solver
 from ..utils.distributed import check_processes
 
 
@@ -167,7 +167,7 @@ class DiffusionConfig(_BaseConfig):
         },
     )
     solver: str = field(
-        default="flow", metadata={"help": "Sampler of the rollout: flow, dance, cps, ddim, dpm1 or dpm2."}
+        default="flow", metadata={"help": f"Sampler of the rollout, one of {', '.join(SOLVERS)}."}
     )
     noise_level: float = field(
         default=0.0,
