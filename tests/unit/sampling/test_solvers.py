@@ -62,7 +62,9 @@ class TestFlags:
         """The published one, over `-dt`."""
         s, t = 0.7, 0.4
         if SOLVERS[solver].guard_factor is None:
-            with pytest.raises(ValueError, match=f"is defined for the solvers flow and dance, but `solver` is '{solver}'"):
+            with pytest.raises(
+                ValueError, match=f"is defined for the solvers flow and dance, but `solver` is '{solver}'"
+            ):
                 step_weight(solver, s, t, 0.7, loss_type="grpo_guard")
         else:
             published = {"flow": 1.0, "dance": 1 + 0.49 * 0.3 / 1.4}[solver] / 0.3
