@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The settings that all trainers of a LoRA diffusion student share."""
 
+import math
 import os
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from transformers.utils import is_torch_bf16_gpu_available
 from trl.trainer.base_config import _BaseConfig
 
+from ..rewards.functions import REWARD_TIMEOUT
 from ..sampling.solvers import SOLVERS, check_solver
 from ..utils.distributed import check_processes
 
@@ -91,6 +93,10 @@ class DiffusionConfig(_BaseConfig):
         num_eval_images (`int`, *optional*):
             Number of images of each task at evaluation: prompts are repeated with other noise, or left out at the end.
             Defaults to one image per prompt.
+        reward_timeout (`float`, *optional*, defaults to `900.0`):
+            Seconds that a reward function may take for a batch of images, in training and at evaluation, before the
+            run ends with an error that names it; `None` waits for ever. It is less than the `ddp_timeout` of 1800 after
+            which other processes stop waiting. After 60 seconds a line tells what is waited for.
         num_grid_prompts (`int`, *optional*, defaults to `2`):
             Number of prompts of each task in the image grid drawn at every evaluation (base, student, each teacher). 0
             draws none.
@@ -235,6 +241,13 @@ class DiffusionConfig(_BaseConfig):
             "at the end. Defaults to one image per prompt."
         },
     )
+    reward_timeout: float | None = field(
+        default=REWARD_TIMEOUT,
+        metadata={
+            "help": "Seconds that a reward function may take for a batch of images before the run ends with an error. "
+            "None waits for ever."
+        },
+    )
     num_grid_prompts: int = field(
         default=2,
         metadata={
@@ -296,6 +309,11 @@ class DiffusionConfig(_BaseConfig):
             "eval_guidance_scale", self.eval_guidance_scale is None or self.eval_guidance_scale >= 0, "0 or more"
         )
         self._check("num_eval_images", self.num_eval_images is None or self.num_eval_images >= 1, "at least 1")
+        self._check(
+            "reward_timeout",
+            self.reward_timeout is None or 0 < self.reward_timeout < math.inf,
+            "a positive number of seconds (or unset)",
+        )
         self._check("num_grid_prompts", self.num_grid_prompts >= 0, "0 or more")
         for name in ("height", "width"):
             self._check(name, getattr(self, name) is None or getattr(self, name) > 0, "positive (or unset)")

@@ -267,7 +267,8 @@ class RLTrainer(DiffusionTrainer):
         self._compare([self._experiences[key] for key in keys])
 
     def _score(self, images: torch.Tensor, batch: TaskBatch) -> dict[str, list[float]]:
-        return reward_columns(self.reward_funcs[batch.task], images, batch, self.args.reward_weights)
+        funcs, args = self.reward_funcs[batch.task], self.args
+        return reward_columns(funcs, images, batch, args.reward_weights, timeout=args.reward_timeout)
 
     def _compare(self, rounds: list[list[Experience]]) -> None:
         """Sets the advantages, by statistics over all processes, and the weight of a image in each step's loss."""
