@@ -13,8 +13,6 @@ from diffusers import (
 from tests.support.runs import make_trainer
 from tests.support.tiny import tiny_pipeline
 from trl_diffusion_opd import StableDiffusion3SDEPipeline
-from trl_diffusion_opd.sampling.denoising import make_schedule
-from trl_diffusion_opd.sampling.schedulers import check_scheduler
 
 
 DYNAMIC = {"use_dynamic_shifting": True, "base_image_seq_len": 4, "max_image_seq_len": 64}
@@ -76,12 +74,6 @@ def test_every_option_of_the_scheduler_is_followed_or_refused():
 
 @pytest.mark.parametrize(("scheduler", "message"), REFUSED, ids=["stochastic", "inverted", "heun", "dpm"])
 class TestRefused:
-    def test_by_name(self, scheduler, message):
-        with pytest.raises(ValueError, match=message):
-            check_scheduler(scheduler)
-        with pytest.raises(ValueError, match=message):
-            make_schedule(scheduler, 4)
-
     def test_by_the_pipeline(self, scheduler, message):
         with pytest.raises(ValueError, match=message):
             draw(StableDiffusion3SDEPipeline, scheduler)
