@@ -42,7 +42,8 @@ class UnifiedRewardReward(Reward):
     UnifiedReward (https://huggingface.co/papers/2503.05236): an answer of 1 to 5, divided by 5.
 
     The model runs here or behind an OpenAI-compatible server. The published numbers are of `UnifiedReward-7b-v1.5`,
-    which transformers cannot load: other models are other judges, and their scores do not compare with those.
+    which transformers cannot load, told what to judge by the authors' instruction; here the instruction is in our own
+    words. Another model or instruction is another judge: scores do not compare with published ones.
 
     Args:
         model_name_or_path (`str` or `Path`, *optional*, defaults to `"CodeGoat24/UnifiedReward-qwen-7b"`):
