@@ -123,7 +123,7 @@ def _score_batch(
     columns = {name: values.tolist() for name, values in metrics.items()}
     if batch.task in trainer.reward_funcs:
         funcs, images = trainer.reward_funcs[batch.task], trainer.decode(latents)
-        columns |= reward_columns(funcs, images, batch, trainer.reward_weights)
+        columns |= reward_columns(funcs, images, batch, trainer.reward_weights, timeout=trainer.args.reward_timeout)
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 

@@ -24,6 +24,11 @@ class WeightedSum(Reward):
     """
 
     def __init__(self, rewards: list[tuple[Reward, float]]):
+        if others := [reward for reward, _ in rewards if not isinstance(reward, Reward)]:
+            raise ValueError(
+                f"A weighted sum is made of rewards by name or built on `Reward`, but one is {others[0]!r}. Give the "
+                "task a list of functions, and set their `reward_weights`."
+            )
         self.rewards = {reward.name: reward for reward, _ in rewards}
         self.weights = {reward.name: float(weight) for reward, weight in rewards}
         if not rewards or len(self.rewards) < len(rewards):

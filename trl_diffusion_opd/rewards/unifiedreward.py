@@ -42,7 +42,8 @@ class UnifiedRewardReward(Reward):
     UnifiedReward (https://huggingface.co/papers/2503.05236): an answer of 1 to 5, divided by 5.
 
     The model runs here or behind an OpenAI-compatible server. The published numbers are of `UnifiedReward-7b-v1.5`,
-    which transformers cannot load: scores of other models do not compare with those.
+    which transformers cannot load, told what to look at by the authors' instruction; here the instruction is in our own
+    words. With another model or instruction scores do not compare with published ones.
 
     Args:
         model_name_or_path (`str` or `Path`, *optional*, defaults to `"CodeGoat24/UnifiedReward-qwen-7b"`):

@@ -9,6 +9,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift, retrieve_timesteps
 
+from .schedulers import check_scheduler
 from .transitions import Transition, transition
 
 
@@ -54,7 +55,11 @@ def make_schedule(
             Noise levels before the scheduler's shift, instead of its own.
         mu (`float`, *optional*), image_seq_len (`int`, *optional*):
             The shift of a scheduler with `use_dynamic_shifting`, or the number of patches it is computed from.
+
+    Raises:
+        `ValueError`: a scheduler that the solvers cannot follow, see [`schedulers.check_scheduler`].
     """
+    check_scheduler(scheduler)
     scheduler = copy.deepcopy(scheduler)
     config = scheduler.config
     if config.get("use_dynamic_shifting") and mu is None:

@@ -9,7 +9,8 @@ from typing import Any
 from transformers.utils import is_torch_bf16_gpu_available
 from trl.trainer.base_config import _BaseConfig
 
-from ..sampling.transitions import check_solver
+from ..rewards.functions import REWARD_TIMEOUT
+from ..sampling.solvers import SOLVERS, check_solver
 from ..utils.distributed import check_processes
 from ..utils.settings import AT_LEAST_1, BELOW_1, NOT_NEGATIVE, POSITIVE, Rule, check_kinds, check_rules
 
@@ -75,9 +76,12 @@ class DiffusionConfig(_BaseConfig):
         ema_decay (`float`, *optional*):
             Keep an exponential moving average of the student's LoRA with this decay (the published recipe: 0.9),
             warmed up as `(1 + n) / (10 + n)` where `n` counts optimizer steps. The average is what is evaluated and
-            saved; the raw weights are evaluated and saved beside it.
+            saved; the raw weights are evaluated and saved beside it. Up to its first update it is equal to them.
         ema_update_every (`int`, *optional*, defaults to `8`):
             Number of optimizer steps between two updates of the average.
+        ema_update_repeats (`int`, *optional*, defaults to `1`):
+            Number of times that each update is applied, with the decay to that power. The published code updates after
+            every micro-batch, which is 3 times for DiffusionOPD and 4 times for GRPO-Guard; the recipes set this.
 
         > Parameters that control evaluation and image grids
 
@@ -90,6 +94,10 @@ class DiffusionConfig(_BaseConfig):
         num_eval_images (`int`, *optional*):
             Number of images of each task at evaluation: prompts are repeated with other noise, or left out at the end.
             Defaults to one image per prompt.
+        reward_timeout (`float`, *optional*, defaults to `900.0`):
+            Seconds that a reward function may take for a batch of images, in training and at evaluation, before the
+            run ends with an error that names it; `None` waits for ever. It is less than the `ddp_timeout` of 1800 after
+            which other processes stop waiting. After 60 seconds a line tells what is waited for.
         num_grid_prompts (`int`, *optional*, defaults to `2`):
             Number of prompts of each task in the image grid drawn at every evaluation (base, student, each teacher). 0
             draws none.
@@ -137,6 +145,8 @@ class DiffusionConfig(_BaseConfig):
         "prompt_batch_size": AT_LEAST_1,
         "ema_decay": Rule(lambda value: 0 < value < 1, "between 0 and 1 (or unset)"),
         "ema_update_every": AT_LEAST_1,
+        "ema_update_repeats": AT_LEAST_1,
+        "reward_timeout": POSITIVE,
         "eval_guidance_scale": NOT_NEGATIVE,
         "num_eval_images": AT_LEAST_1,
         "num_grid_prompts": NOT_NEGATIVE,
@@ -201,9 +211,7 @@ class DiffusionConfig(_BaseConfig):
             "velocity is the one that is trained. The unconditional branch runs only above 1."
         },
     )
-    solver: str = field(
-        default="flow", metadata={"help": "Sampler of the rollout: flow, dance, cps, ddim, dpm1 or dpm2."}
-    )
+    solver: str = field(default="flow", metadata={"help": f"Sampler of the rollout, one of {', '.join(SOLVERS)}."})
     noise_level: float = field(
         default=0.0,
         metadata={
@@ -245,6 +253,13 @@ class DiffusionConfig(_BaseConfig):
     ema_update_every: int = field(
         default=8, metadata={"help": "Number of optimizer steps between two updates of the average."}
     )
+    ema_update_repeats: int = field(
+        default=1,
+        metadata={
+            "help": "Number of times that each update is applied, with the decay to that power (the published code: 3 "
+            "for DiffusionOPD, 4 for GRPO-Guard)."
+        },
+    )
 
     # Parameters that control evaluation and image grids
     eval_num_inference_steps: int | None = field(
@@ -260,6 +275,13 @@ class DiffusionConfig(_BaseConfig):
         metadata={
             "help": "Number of images of each task at evaluation: prompts are repeated with other noise, or left out "
             "at the end. Defaults to one image per prompt."
+        },
+    )
+    reward_timeout: float | None = field(
+        default=REWARD_TIMEOUT,
+        metadata={
+            "help": "Seconds that a reward function may take for a batch of images before the run ends with an error. "
+            "None waits for ever."
         },
     )
     num_grid_prompts: int = field(

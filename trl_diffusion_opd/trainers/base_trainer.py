@@ -127,7 +127,9 @@ class DiffusionTrainer(LoraTrainer):
         parameters = add_student(self.transformer, peft_config or (start and start.config))
         if start is not None:
             load_lora_into(self.transformer, start)
-        self.ema = StudentEMA(parameters, args.ema_decay, args.ema_update_every) if args.ema_decay else None
+        self.ema = None
+        if args.ema_decay is not None:
+            self.ema = StudentEMA(parameters, args.ema_decay, args.ema_update_every, args.ema_update_repeats)
         self.teachers: dict[str, Policy] = {}
         self.add_models(args)
 

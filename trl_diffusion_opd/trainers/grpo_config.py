@@ -3,7 +3,8 @@
 
 from dataclasses import dataclass, field
 
-from ..losses.grpo import LOSS_TYPES
+from ..losses.grpo import LOSS_TYPES, check_guard
+from ..sampling.solvers import SOLVERS
 from ..utils.settings import NOT_NEGATIVE, Rule
 from .rl_config import RLConfig
 
@@ -87,12 +88,9 @@ class FlowGRPOConfig(RLConfig):
             raise ValueError(
                 "`noise_level` is 0: a deterministic rollout has no probabilities. Set it above 0 (published: 0.7)."
             )
-        if guarded and self.solver not in ("flow", "dance"):
-            raise ValueError(
-                f"`loss_type='grpo_guard'` is defined for the solvers flow and dance, but `solver` is {self.solver!r}. "
-                "Choose one of them, or `loss_type='grpo'`."
-            )
-        if self.solver in ("cps", "ddim") and self.skip_last_steps == 0:
+        if guarded:
+            check_guard(self.solver)
+        if SOLVERS[self.solver].last_step_is_noiseless and self.skip_last_steps == 0:
             raise ValueError(
                 f"`skip_last_steps` is 0, but the last step of `solver={self.solver!r}` has no noise and hence no "
                 "probability. Set it to 1 at least."
