@@ -4,9 +4,7 @@
 from typing import Any
 
 
-# Not allowed in file names, on one system or another.
-_FORBIDDEN = frozenset('/\\<>:"|?*')
-_MOST_BYTES = 100  # a file name holds 255, of which others are spent on what the file is
+_MOST_BYTES = 200  # a file name holds 255, of which others are spent on what the file is
 
 
 def check_task_name(task: Any) -> None:
@@ -19,15 +17,15 @@ def check_task_name(task: Any) -> None:
     """
     if not isinstance(task, str) or not task or task != task.strip():
         raise ValueError(f"A task must be a non-empty string without spaces around it, but is {task!r}.")
-    if size := max(0, len(task.encode(errors="replace")) - _MOST_BYTES):
+    if (size := len(task.encode(errors="replace"))) > _MOST_BYTES:
         raise ValueError(
             f"A task must be named in at most {_MOST_BYTES} bytes, since files are named after it, but "
-            f"'{task[:20]}...' has {size + _MOST_BYTES}. Choose a shorter name."
+            f"'{task[:20]}...' has {size}. Choose a shorter name."
         )
-    if wrong := [sign for sign in task if sign in _FORBIDDEN or not sign.isprintable()]:
+    if wrong := [sign for sign in task if sign in "/\\" or not sign.isprintable()]:
         raise ValueError(
-            f"A task must be a name that files can have, but {task!r} has {wrong[0]!r}. Use letters, digits, spaces and "
-            "any of . _ - + instead."
+            f"A task must be a name that files can have, but {task!r} has {wrong[0]!r}. Use letters, digits, spaces "
+            "and signs like . _ - + instead."
         )
     if task[0] in ".-":
         raise ValueError(f"A task must not start with {task[0]!r}, since files are named after it, but is {task!r}.")

@@ -83,6 +83,7 @@ class RLTrainer(DiffusionTrainer):
             # One task, called like its reward.
             funcs = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
             name = "+".join(func if isinstance(func, str) else reward_name(func) for func in funcs)
+            name = name or "reward"  # of an empty list, which is refused below
             reward_funcs, train_dataset = {name: funcs}, {name: train_dataset}
             eval_dataset = None if eval_dataset is None else {name: eval_dataset}
             self._only_task = name
