@@ -39,7 +39,7 @@ def advantages(trainer, latents, batches, reward):
         decoded = vae.decode(latents.float() / vae.config.scaling_factor + vae.config.shift_factor).sample
     prompts = [prompt for batch in batches for prompt in batch.prompts]
     rewards = np.array(reward((decoded / 2 + 0.5).clamp(0, 1), prompts))
-    groups = np.array([group for batch in batches for group in batch.groups])
+    groups = np.array(prompts)  # a prompt that is drawn twice is one group
     result = np.zeros(len(rewards))
     for group in set(groups):
         own = rewards[groups == group]

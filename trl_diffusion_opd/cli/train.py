@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The body of `trl-diffusion-opd train`, `grpo` and `nft`: from a recipe to a trained student."""
+"""The body of `trl-diffusion-opd opd`, `grpo` and `nft`: from a recipe to a trained student."""
 
 import sys
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from ..trainers.opd_config import DiffusionOPDConfig
 from ..trainers.opd_trainer import DiffusionOPDTrainer
 from ..trainers.plan import describe_plan
 from ..utils.distributed import use_all_cores
-from .parser import fail
+from .parser import BAD_INPUT, disable_bars, fail, one_line_errors
 from .recipe import OPDScriptArguments, RLScriptArguments, ScriptArguments, parse_recipe
 
 
@@ -45,7 +45,7 @@ class Method:
 
 # By the name of the command.
 METHODS = {
-    "train": Method(
+    "opd": Method(
         "Distills several LoRA teachers into one LoRA student, as a recipe says.",
         OPDScriptArguments,
         DiffusionOPDConfig,
@@ -91,7 +91,7 @@ def train(trainer: DiffusionTrainer, script_args: ScriptArguments) -> None:
 
 
 def main(
-    argv: list[str] | None = None, *, method: str = "train", prog: str | None = None, epilog: str | None = None
+    argv: list[str] | None = None, *, method: str = "opd", prog: str | None = None, epilog: str | None = None
 ) -> None:
     """
     Trains what a recipe describes. Bad input ends with exit code 2.
@@ -99,13 +99,13 @@ def main(
     Args:
         argv (`list[str]`, *optional*):
             Arguments instead of those of the process.
-        method (`str`, *optional*, defaults to `"train"`):
+        method (`str`, *optional*, defaults to `"opd"`):
             One of `METHODS`.
         prog (`str`, *optional*), epilog (`str`, *optional*):
             As of [`parse_recipe`].
     """
     how = METHODS[method]
-    try:
+    with one_line_errors(*BAD_INPUT, TypeError):
         script_args, training_args, recipe = parse_recipe(
             sys.argv[1:] if argv is None else argv,
             (how.arguments, how.config),
@@ -113,6 +113,8 @@ def main(
             prog=prog,
             epilog=epilog,
         )
+        if training_args.disable_tqdm:
+            disable_bars()
         use_all_cores(training_args.device)
         if script_args.dry_run and training_args.push_to_hub:
             check_destination(training_args)
@@ -120,13 +122,12 @@ def main(
         trainer = how.trainer(args=training_args, **script_args.trainer_arguments(recipe))
         if script_args.compare:
             scored_tasks(trainer.eval_datasets, trainer.reward_funcs)  # before training, not after it
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        fail(error)
-    if trainer.is_world_process_zero():
-        print(describe_plan(trainer), flush=True)
-    if not script_args.dry_run:
-        try:
-            train(trainer, script_args)
-        except PushError as error:
-            fail(error, exit_code=1)
+    with one_line_errors():  # from here on, what others raise is a bug of a reward function, a library or ours
+        if trainer.is_world_process_zero():
+            print(describe_plan(trainer), flush=True)
+        if not script_args.dry_run:
+            try:
+                train(trainer, script_args)
+            except PushError as error:
+                fail(error, exit_code=1)
     trainer.accelerator.end_training()  # or a process may abort while it exits, its communication still running

@@ -74,6 +74,8 @@ class Evaluator:
             Images of each task; by default one of each prompt.
         reward_funcs (`dict[str, list[Callable]]`, *optional*), reward_weights (`list[float]`, *optional*):
             What images of the tasks are scored with, and the weight of each function.
+        reward_timeout (`float`, *optional*):
+            Seconds that a reward may take for a batch.
         process_index (`int`, *optional*, defaults to `0`), num_processes (`int`, *optional*, defaults to `1`):
             The processes that share the prompts, and this one among them.
         show_progress (`bool`, *optional*, defaults to `True`):
@@ -92,6 +94,7 @@ class Evaluator:
     num_images: int | None = None
     reward_funcs: dict[str, list[RewardFunc]] = field(default_factory=dict)
     reward_weights: list[float] | None = None
+    reward_timeout: float | None = None
     process_index: int = 0
     num_processes: int = 1
     show_progress: bool = True
@@ -177,7 +180,7 @@ class Evaluator:
         columns = {name: values.tolist() for name, values in metrics.items()}
         if batch.task in self.reward_funcs:
             funcs, images = self.reward_funcs[batch.task], self.sampler.decode(latents)
-            columns |= reward_columns(funcs, images, batch, self.reward_weights)
+            columns |= reward_columns(funcs, images, batch, self.reward_weights, timeout=self.reward_timeout)
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from ..hub.download import fetch, fetch_checked
 from ..hub.errors import SourceError, hub_errors
 from ..hub.locations import Origin, parse_source
-from ..lora.files import check_options
+from ..lora.options import check_options
 from .family import ModelFamily
 from .registry import family_named, family_of
 

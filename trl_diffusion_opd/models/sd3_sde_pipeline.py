@@ -14,7 +14,7 @@ from diffusers.image_processor import PipelineImageInput
 from diffusers.utils import BaseOutput
 
 from ..sampling.denoising import denoise, make_schedule
-from ..sampling.transitions import check_solver
+from ..sampling.solvers import check_solver
 from .sd3 import StableDiffusion3
 
 

@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult
 
 from ..evaluation.gains import gains
 from ..hub.locations import Origin
+from ..sampling.solvers import SOLVERS
 from ..utils.markdown import enumeration, table
 from .record import PromptSet, RunRecord
 
@@ -268,7 +269,8 @@ def _shortened(prompt: str) -> str:
 
 def _other_sampler(record: RunRecord) -> bool:
     """Whether images were drawn otherwise than a stock pipeline draws them."""
-    return bool(record.settings.get("eval_noise_level")) or record.settings.get("solver") == "dpm2"
+    solver = SOLVERS.get(record.settings.get("solver"))
+    return bool(record.settings.get("eval_noise_level")) or (solver is not None and not solver.is_euler_without_noise)
 
 
 def benchmark_table(record: RunRecord) -> str:

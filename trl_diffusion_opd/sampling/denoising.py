@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+from .schedulers import check_scheduler
 from .transitions import Transition, transition
 
 
@@ -53,7 +54,11 @@ def make_schedule(
             Noise levels before the scheduler's shift, instead of its own.
         mu (`float`, *optional*):
             The shift of a scheduler with `use_dynamic_shifting`.
+
+    Raises:
+        `ValueError`: a scheduler that the solvers cannot follow, see [`schedulers.check_scheduler`].
     """
+    check_scheduler(scheduler)
     scheduler = copy.deepcopy(scheduler)
     levels = {"num_inference_steps": num_inference_steps} if sigmas is None else {"sigmas": sigmas}
     scheduler.set_timesteps(**levels, device="cpu", **({} if mu is None else {"mu": mu}))

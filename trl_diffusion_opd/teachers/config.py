@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..hub.locations import Source, check_not_pickle, parse_source
+from ..hub.locations import Source, check_inside, check_not_pickle, parse_source
 
 
 if TYPE_CHECKING:
@@ -99,6 +99,8 @@ class TeacherConfig:
                     "repositories have revisions. Leave it out."
                 )
             return Source(path=source.path / self.subfolder if self.subfolder else source.path)
+        for inside in (self.subfolder, self.weight_name):
+            check_inside(inside or "", "teacher's")
         return Source(source.repo_id, self.subfolder or source.subfolder, self.revision or source.revision)
 
 

@@ -23,13 +23,11 @@ from ..data.rounds import RoundSampler, TaskBatch
 from ..evaluation.comparison import compare, scored_tasks
 from ..evaluation.grids import GridSampler
 from ..evaluation.score import Evaluator, count_images, name_metrics
-from ..hub.download import resolve
 from ..hub.licenses import License, read_license
-from ..hub.locations import Origin, parse_source
 from ..hub.upload import check_destination
 from ..lora.adapters import load_lora_into
 from ..lora.ema import StudentEMA
-from ..lora.files import read_lora
+from ..lora.files import load_lora
 from ..models.loading import STUDENT, add_student, check_pipeline, load_pipeline
 from ..models.prompt_encoder import PromptEncoder
 from ..models.sampler import Policy, PolicySampler
@@ -49,6 +47,7 @@ from .checks import check_family_settings
 from .disk import check_disk
 from .lora_trainer import LoraTrainer
 from .optimizers import make_optimizers
+from .output_dir import check_output_dir
 from .plan import MethodPlan
 from .round_metrics import RoundMetrics
 from .run_record import record_run, resume_record
@@ -83,7 +82,9 @@ class DiffusionTrainer(LoraTrainer):
                 f"One process sees {args.n_gpu} GPUs, which `torch.nn.DataParallel` would share. Start one process per "
                 "GPU with `accelerate launch`, or show it one GPU with `CUDA_VISIBLE_DEVICES=0`."
             )
-        # Where to push, tasks and prompts: checked before anything large is loaded
+        # Where to write and to push, tasks and prompts: checked before anything large is loaded
+        if args.should_save:
+            check_output_dir(args.output_dir)
         if args.push_to_hub and args.process_index == 0:
             args.hub_model_id = check_destination(args)
         self.base_origin, self.family = check_pipeline(model, args.model_init_kwargs)
@@ -143,9 +144,7 @@ class DiffusionTrainer(LoraTrainer):
         """Loads base and student and adds the method's models; returns the parameters to train."""
         start = self.adapter_origin = None
         if adapter is not None:
-            found = resolve(adapter, owner="adapter")
-            start = read_lora(found.path, owner=f"adapter {str(adapter)!r}")
-            self.adapter_origin = Origin.of_source(parse_source(adapter), found.commit)
+            start, self.adapter_origin = load_lora(adapter, owner=f"adapter {str(adapter)!r}")
         self.fetch_models()
         set_seed(args.seed)
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
@@ -164,7 +163,9 @@ class DiffusionTrainer(LoraTrainer):
         parameters = add_student(self.transformer, peft_config, self.family)
         if start is not None:
             load_lora_into(self.transformer, start)
-        self.ema = StudentEMA(parameters, args.ema_decay, args.ema_update_every) if args.ema_decay else None
+        self.ema = None
+        if args.ema_decay is not None:
+            self.ema = StudentEMA(parameters, args.ema_decay, args.ema_update_every, args.ema_update_repeats)
         self.teachers: dict[str, Policy] = {}
         self.add_models(args)
         return parameters
@@ -192,6 +193,7 @@ class DiffusionTrainer(LoraTrainer):
             num_images=args.num_eval_images,
             reward_funcs=self.reward_funcs,
             reward_weights=self.reward_weights,
+            reward_timeout=args.reward_timeout,
             process_index=args.process_index,
             num_processes=args.world_size,
             show_progress=self.is_world_process_zero() and not args.disable_tqdm,

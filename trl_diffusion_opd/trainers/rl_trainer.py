@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..data.rounds import TaskBatch
-from ..losses.advantages import group_advantages
+from ..losses.advantages import group_advantages, prompt_group
 from ..rewards.functions import RewardFunc, check_columns, reward_columns, reward_name, reward_threads
 from ..utils.hardware import on_device
 from .base_trainer import DiffusionTrainer
@@ -81,6 +81,7 @@ class RLTrainer(DiffusionTrainer):
             # One task, called like its reward.
             funcs = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
             name = "+".join(func if isinstance(func, str) else reward_name(func) for func in funcs)
+            name = name or "reward"  # of an empty list, which is refused below
             reward_funcs, train_dataset = {name: funcs}, {name: train_dataset}
             eval_dataset = None if eval_dataset is None else {name: eval_dataset}
             self._only_task = name
@@ -259,7 +260,8 @@ class RLTrainer(DiffusionTrainer):
         self._compare([self._experiences[key] for key in keys])
 
     def _score(self, images: torch.Tensor, batch: TaskBatch) -> dict[str, list[float]]:
-        return reward_columns(self.reward_funcs[batch.task], images, batch, self.args.reward_weights)
+        funcs, args = self.reward_funcs[batch.task], self.args
+        return reward_columns(funcs, images, batch, args.reward_weights, timeout=args.reward_timeout)
 
     def _compare(self, rounds: list[list[Experience]]) -> None:
         """Sets the advantages, by statistics over all processes, and the weight of a image in each step's loss."""
@@ -267,8 +269,7 @@ class RLTrainer(DiffusionTrainer):
         experiences = [experience for group in rounds for experience in group]
         rewards = torch.tensor([r for e in experiences for r in e.rewards["reward"]], dtype=torch.float64)
         task_ids = torch.tensor([tasks.index(e.batch.task) for e in experiences for _ in e.batch.groups])
-        # Groups of different tasks may have the same number.
-        groups = torch.tensor([g for e in experiences for g in e.batch.groups]) * len(tasks) + task_ids
+        groups = torch.tensor([prompt_group(e.batch.task, prompt) for e in experiences for prompt in e.batch.prompts])
         everywhere = [self.accelerator.gather(t.to(device)).cpu() for t in (rewards.float(), groups, task_ids)]
         first = self.args.process_index * len(rewards)
         advantages = group_advantages(*everywhere, scale=self.args.scale_rewards)

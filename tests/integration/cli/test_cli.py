@@ -110,7 +110,7 @@ def test_help_lists_every_argument_of_the_functions(capsys, command, functions, 
     ("argv", "message"),
     [
         ("", "the following arguments are required: COMMAND. See `trl-diffusion-opd --help`"),
-        ("pull", "invalid choice: 'pull' (choose from 'train', 'grpo', 'nft', 'push', 'card',"),
+        ("pull", "invalid choice: 'pull' (choose from 'opd', 'train', 'grpo', 'nft', 'push', 'card',"),
         ("push", "the following arguments are required: FOLDER. See `trl-diffusion-opd push --help`"),
         ("push nowhere", "There is no folder 'nowhere'. Pass the `output_dir` of a run"),
         ("push . --branch x", "unrecognized arguments: --branch x"),

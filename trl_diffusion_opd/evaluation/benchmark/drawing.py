@@ -32,7 +32,7 @@ class ImageSpec:
 
     Args:
         entry ([`Entry`]):
-            Who draws it.
+            The model and guidance that it is drawn with.
         benchmark (`str`):
             Whose prompt it has.
         position (`int`):
