@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The body of `trl-diffusion-opd train`, `grpo` and `nft`: from a recipe to a trained student."""
 
+import json
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
 
 from ..evaluation.comparison import compare, format_table, save_results, scored_tasks
 from ..hub.upload import PushError, check_destination
@@ -16,7 +21,9 @@ from ..trainers.nft_trainer import DiffusionNFTTrainer
 from ..trainers.opd_config import DiffusionOPDConfig
 from ..trainers.opd_trainer import DiffusionOPDTrainer
 from ..trainers.plan import describe_plan
+from ..trainers.run_lock import holding
 from ..utils.distributed import use_all_cores
+from ..utils.files import written_whole
 from .parser import fail
 from .recipe import OPDScriptArguments, RLScriptArguments, ScriptArguments, parse_recipe
 
@@ -70,15 +77,16 @@ def train(trainer: DiffusionTrainer, script_args: ScriptArguments) -> None:
     """Trains the student and shows what came of it."""
     training_args, main = trainer.args, trainer.is_world_process_zero()
     resume = training_args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    trainer.train(resume_from_checkpoint=resume)
     # "Internal", or upstream would push here too, before there are results
     trainer.save_model(training_args.output_dir, _internal_call=True)
     output_dir = Path(training_args.output_dir)
     if script_args.compare:
-        results = compare(trainer)
+        results = _results_of_the_end(trainer) or compare(trainer)
         if main:
-            save_results(results, output_dir)
-            trainer.make_record().save(output_dir)
+            with written_whole(output_dir) as folder:
+                save_results(results, folder)
+                trainer.make_record().save(folder)
             print(f"\n{format_table(results)}\n")
         trainer.create_model_card()
     if main:
@@ -88,6 +96,16 @@ def train(trainer: DiffusionTrainer, script_args: ScriptArguments) -> None:
         print(f'the LoRA pipe.load_lora_weights("{output_dir}", weight_name="pytorch_lora_weights.safetensors")')
     if training_args.push_to_hub:
         trainer.push_to_hub()
+
+
+def _results_of_the_end(trainer: DiffusionTrainer) -> dict[str, Any]:
+    """Those of an earlier comparison of the very weights that a run ended with; empty if there was none."""
+    file = Path(trainer.args.output_dir) / "results.json"
+    found = [{}]
+    if trainer.resumed_at_end and trainer.is_world_process_zero() and file.is_file():
+        found = [json.loads(file.read_text(encoding="utf-8"))]
+    [trainer.outcome.results] = broadcast_object_list(found)
+    return trainer.outcome.results
 
 
 def main(
@@ -105,28 +123,31 @@ def main(
             As of [`parse_recipe`].
     """
     how = METHODS[method]
-    try:
-        script_args, training_args, recipe = parse_recipe(
-            sys.argv[1:] if argv is None else argv,
-            (how.arguments, how.config),
-            description=how.description,
-            prog=prog,
-            epilog=epilog,
-        )
-        use_all_cores(training_args.device)
-        if script_args.dry_run and training_args.push_to_hub:
-            check_destination(training_args)
-            training_args.push_to_hub = False  # or constructing the trainer creates the repository
-        trainer = how.trainer(args=training_args, **script_args.trainer_arguments(recipe))
-        if script_args.compare:
-            scored_tasks(trainer)  # before training, not after it
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        fail(error)
-    if trainer.is_world_process_zero():
-        print(describe_plan(trainer), flush=True)
-    if not script_args.dry_run:
+    with ExitStack() as held:
         try:
-            train(trainer, script_args)
-        except PushError as error:
-            fail(error, exit_code=1)
-    trainer.accelerator.end_training()  # or a process may abort while it exits, its communication still running
+            script_args, training_args, recipe = parse_recipe(
+                sys.argv[1:] if argv is None else argv,
+                (how.arguments, how.config),
+                description=how.description,
+                prog=prog,
+                epilog=epilog,
+            )
+            use_all_cores(training_args.device)
+            if not script_args.dry_run and training_args.process_index == 0:
+                held.enter_context(holding(training_args.output_dir))  # before anything large is loaded
+            if script_args.dry_run and training_args.push_to_hub:
+                check_destination(training_args)
+                training_args.push_to_hub = False  # or constructing the trainer creates the repository
+            trainer = how.trainer(args=training_args, **script_args.trainer_arguments(recipe))
+            if script_args.compare:
+                scored_tasks(trainer)  # before training, not after it
+        except (ValueError, TypeError, OSError, ImportError) as error:
+            fail(error)
+        if trainer.is_world_process_zero():
+            print(describe_plan(trainer), flush=True)
+        if not script_args.dry_run:
+            try:
+                train(trainer, script_args)
+            except PushError as error:
+                fail(error, exit_code=1)
+        trainer.accelerator.end_training()  # or a process may abort while it exits, its communication still running

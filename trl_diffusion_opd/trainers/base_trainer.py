@@ -28,7 +28,7 @@ from ..hub.upload import check_destination
 from ..lora.adapters import base_only, load_lora_into, use_adapter
 from ..lora.ema import StudentEMA
 from ..lora.files import read_lora
-from ..models.loading import STUDENT, add_student, check_pipeline, latent_shape, load_pipeline
+from ..models.loading import STUDENT, add_student, check_pipeline, default_lora, latent_shape, load_pipeline
 from ..models.prompt_encoder import PromptEncoder
 from ..models.sampler import Policy
 from ..models.velocity import Conditioning, VelocityModel
@@ -111,6 +111,7 @@ class DiffusionTrainer(LoraTrainer):
             found = resolve(adapter, owner="adapter")
             start = read_lora(found.path, owner=f"adapter {str(adapter)!r}")
             self.adapter_origin = Origin.of_source(parse_source(adapter), found.commit)
+        self.check_start(args, self.datasets, peft_config or (start.config if start is not None else default_lora()))
         self.fetch_models()
         set_seed(args.seed)
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32

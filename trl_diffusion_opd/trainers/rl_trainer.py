@@ -154,7 +154,7 @@ class RLTrainer(DiffusionTrainer):
 
     def load_method_state(self, folder: Path) -> None:
         step = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step
-        if step % self.args.steps_per_rollout:
+        if step % self.args.steps_per_rollout and step < self.planned_steps:  # at the end no images are needed
             raise ValueError(
                 f"The checkpoint {str(folder)!r} was saved in the middle of a rollout, whose images are gone: its step "
                 f"{step} is no multiple of `steps_per_rollout` = {self.args.steps_per_rollout}. Resume from another one, "
