@@ -150,7 +150,10 @@ class LoraTrainer(PushMixin, _BaseTrainer):
                 (Path(self.args.output_dir) / "results.json").unlink(missing_ok=True)
             if self.resumed_at_end:
                 logger.warning(f"{checkpoint!r} is of the last step: there is nothing left to train.")
-            return super().train(checkpoint, *args, **kwargs)
+            output = super().train(checkpoint, *args, **kwargs)
+            if main and self.resumed_at_end:  # maybe the run was killed just before
+                self._rotate_checkpoints(self.args.output_dir)
+            return output
 
     @property
     def planned_steps(self) -> int:
@@ -245,8 +248,11 @@ class LoraTrainer(PushMixin, _BaseTrainer):
             sync(path)
         replace_folder(staged, folder)
         shutil.rmtree(staged.parent, ignore_errors=True)
+        self._rotate_checkpoints(folder.parent)
+
+    def _rotate_checkpoints(self, run_dir: str | Path) -> None:
         rotate_checkpoints(
-            output_dir=str(folder.parent),
+            output_dir=str(run_dir),
             save_total_limit=self.args.save_total_limit,
             best_model_checkpoint=self.state.best_model_checkpoint,
             use_mtime=True,

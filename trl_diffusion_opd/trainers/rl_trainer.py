@@ -29,6 +29,9 @@ from .plan import MethodPlan
 from .rl_config import RLConfig
 
 
+_MAX_UNSCORED_ROLLOUTS = 3
+
+
 @dataclass
 class Experience:
     """
@@ -64,6 +67,7 @@ class RLTrainer(DiffusionTrainer):
 
     config_class: type[RLConfig]
     _only_task: str | None = None
+    _scores: list[bool] = []  # whether there was one, of the last rollouts
 
     def __init__(
         self,
@@ -278,6 +282,7 @@ class RLTrainer(DiffusionTrainer):
         # Groups of different tasks may have the same number.
         groups = torch.tensor([g for e in experiences for g in e.batch.groups]) * len(tasks) + task_ids
         everywhere = [self.accelerator.gather(t.to(device)).cpu() for t in (rewards.float(), groups, task_ids)]
+        self.check_scored(everywhere[0])
         first = self.args.process_index * len(rewards)
         advantages = group_advantages(*everywhere, scale=self.args.scale_rewards)
         advantages = advantages.clamp(-self.args.advantage_clip, self.args.advantage_clip)
@@ -330,6 +335,21 @@ class RLTrainer(DiffusionTrainer):
         """The tasks and their rewards, in words."""
         names = {task: "+".join(map(reward_name, funcs)) for task, funcs in self.reward_funcs.items()}
         return ", ".join(task if task == name else f"{task} (rewarded by {name})" for task, name in names.items())
+
+    def check_scored(self, rewards: torch.Tensor) -> None:
+        """Raises a `RuntimeError` at the third rollout in a row of which no image, in all processes, has a score."""
+        self._scores = [*self._scores, bool(rewards.isfinite().any())][-_MAX_UNSCORED_ROLLOUTS:]
+        if len(self._scores) == _MAX_UNSCORED_ROLLOUTS:
+            self.check_end()
+
+    def check_end(self) -> None:
+        """Raises a `RuntimeError` if no image of the last rollouts has a score."""
+        if self._scores and not any(self._scores):
+            raise RuntimeError(
+                f"No image of the last {len(self._scores)} rollouts up to round {self.state.global_step} has a score: "
+                "every reward failed or was not finite, so that nothing was learned. See to the rewards "
+                "(`trl-diffusion-opd rewards --check`) and resume from the last checkpoint."
+            )
 
     def check_finite(self, loss: torch.Tensor) -> None:
         """Raises a `FloatingPointError` if the loss is NaN or infinite in any process."""

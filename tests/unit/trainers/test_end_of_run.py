@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The end of a run is a state: a checkpoint of the last step is finished, never trained further, whatever killed the run."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from tests.support import rl_runs
+from tests.support.runs import PROMPTS, SAVING_RUN, make_trainer, student_state
+from trl_diffusion_opd.cli.recipe import OPDScriptArguments
+from trl_diffusion_opd.cli.train import train as finish_run
+from trl_diffusion_opd.trainers.rl_trainer import RLTrainer
+
+
+LORA = "pytorch_lora_weights.safetensors"
+
+
+class CountSteps(TrainerCallback):
+    """How many steps were trained."""
+
+    def __init__(self):
+        self.steps = 0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.steps += 1
+
+
+def checkpoint_names(folder: Path) -> set[str]:
+    return {path.name for path in (folder / "out").glob("checkpoint-*")}
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(tensor.equal(second[name]) for name, tensor in first.items())
+
+
+def make_rl_trainer(method: str, folder: Path, **settings) -> RLTrainer:
+    return rl_runs.make_trainer(method, folder, **{"save_strategy": "steps", "save_steps": 2, "max_steps": 3, **settings})
+
+
+def make(method: str, folder: Path, **settings):
+    if method == "opd":
+        return make_trainer(folder, **{**SAVING_RUN, "max_steps": 3, **settings})
+    return make_rl_trainer(method, folder, **settings)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("opd", {"gradient_accumulation_steps": 2, "ema_decay": 0.9, "ema_update_every": 1}),
+        ("opd", {"max_steps": -1, "num_train_epochs": 1, "save_strategy": "epoch"}),
+        ("grpo", {}),
+        ("nft", {"old_policy_schedule": 1}),
+        ("grpo", {"steps_per_rollout": 2, "num_generations": 8}),  # whose last checkpoint lies within a rollout
+    ],
+)
+def test_a_finished_run_is_not_trained_further(tmp_path, method, settings):
+    first = make(method, tmp_path, **settings)
+    first.train()
+    first.save_model()
+    lora, names = load_file(tmp_path / "out" / LORA), checkpoint_names(tmp_path)
+    (tmp_path / "out" / LORA).unlink()
+    counter = CountSteps()
+    again = make(method, tmp_path, callbacks=[counter], resume_from_checkpoint="true", **settings)
+    output = again.train(resume_from_checkpoint=True)
+    again.save_model()
+    assert counter.steps == 0 and again.resumed_at_end
+    assert again.state.global_step == output.global_step == first.state.global_step
+    assert same(student_state(again), student_state(first))
+    assert same(load_file(tmp_path / "out" / LORA), lora)
+    assert checkpoint_names(tmp_path) == names
+
+
+def test_more_steps_on_purpose_are_trained(tmp_path):
+    straight = make_trainer(tmp_path / "a", **{**SAVING_RUN, "max_steps": 5})
+    straight.train()
+    make_trainer(tmp_path / "b", **{**SAVING_RUN, "max_steps": 3}).train()
+    counter = CountSteps()
+    more = make_trainer(tmp_path / "b", callbacks=[counter], **{**SAVING_RUN, "max_steps": 5})
+    more.train(resume_from_checkpoint=True)
+    assert counter.steps == 2 and not more.resumed_at_end
+    assert same(student_state(more), student_state(straight))
+
+
+def test_fewer_steps_than_the_checkpoint_has_train_nothing(tmp_path):
+    first = make_trainer(tmp_path, **SAVING_RUN)
+    first.train()
+    counter = CountSteps()
+    again = make_trainer(tmp_path, callbacks=[counter], **{**SAVING_RUN, "max_steps": 4})
+    again.train(resume_from_checkpoint=True)
+    assert counter.steps == 0 and same(student_state(again), student_state(first))
+
+
+class Killed(BaseException):
+    """Stands for a signal: nothing catches it, and nothing is cleaned up but what `finally` holds."""
+
+
+def kill_at(monkeypatch, count: int) -> list[str]:
+    """Ends the run before the `count`-th operation that renames or removes something. Returns the operations' names."""
+    done: list[str] = []
+
+    def watched(owner, name):
+        original = getattr(owner, name)
+
+        def operation(*args, **kwargs):
+            if len(done) == count:
+                raise Killed
+            done.append(f"{name} {Path(args[0]).name}")
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, operation)
+
+    watched(os, "replace")
+    watched(shutil, "rmtree")
+    return done
+
+
+def test_every_kill_point_of_the_last_save_resumes_to_the_same_end(tmp_path, monkeypatch):
+    """Within saving, renaming and rotating the last checkpoint, and within saving the LoRA."""
+    settings = {**SAVING_RUN, "max_steps": 2, "save_steps": 1, "save_total_limit": 1}
+
+    def whole_run(folder: Path, resume: bool) -> None:
+        trainer = make_trainer(folder, **settings)
+        trainer.train(resume_from_checkpoint=resume)
+        trainer.save_model()
+
+    (tmp_path / "straight").mkdir()
+    with monkeypatch.context() as patch:
+        operations = kill_at(patch, -1)
+        whole_run(tmp_path / "straight", False)
+    expected = load_file(tmp_path / "straight" / "out" / LORA)
+    assert any(operation == "rmtree checkpoint-1" for operation in operations), "the rotation is among them"
+    placed = [n for n, operation in enumerate(operations) if operation.startswith("replace checkpoint-")]
+    assert len(placed) == 2
+    for count in range(placed[1], len(operations)):
+        folder = tmp_path / str(count)
+        with monkeypatch.context() as patch:
+            kill_at(patch, count)
+            with pytest.raises(Killed):
+                whole_run(folder, False)
+        whole_run(folder, True)
+        assert same(load_file(folder / "out" / LORA), expected), operations[count]
+        assert checkpoint_names(folder) == {"checkpoint-2"}, operations[count]
+        left = {path.name for path in (folder / "out").iterdir() if path.name.startswith("_")}
+        assert not left, operations[count]
+
+
+def test_a_comparison_that_is_there_is_not_made_again(tmp_path, capsys):
+    calls = []
+
+    def brightness(images, prompts, **columns):
+        calls.append(len(prompts))
+        return [float(image.mean()) for image in images]
+
+    def finish(resume):
+        trainer = make_trainer(
+            tmp_path,
+            eval_dataset=PROMPTS,
+            reward_funcs={"count": brightness},
+            resume_from_checkpoint=resume,
+            **{**SAVING_RUN, "max_steps": 2},
+        )
+        script_args = OPDScriptArguments(
+            model_name_or_path="tiny", teachers={"count": "x"}, datasets={"count": "x"}, compare=True
+        )
+        finish_run(trainer, script_args)
+        return capsys.readouterr().out
+
+    results, out = tmp_path / "out" / "results.json", finish(None)
+    scores, number = results.read_text(), len(calls)
+    assert number > 0 and "| base " in out
+    assert finish("true").split("images ")[0] == out.split("images ")[0], "the same table"
+    assert len(calls) == number and results.read_text() == scores
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["results"] == json.loads(scores)
+    results.unlink()
+    finish("true")
+    assert len(calls) == 2 * number and results.read_text() == scores
