@@ -149,6 +149,8 @@ class TestLock:
         finally:
             other.kill()
             other.communicate()
+        monkeypatch.undo()
+        trainer = make_trainer(tmp_path)
         trainer.train()
         assert trainer.state.global_step == 3
 
