@@ -14,6 +14,8 @@ from ..evaluation.comparison import compare, format_table, save_results, scored_
 from ..hub.upload import PushError, check_destination
 from ..trainers.base_config import DiffusionConfig
 from ..trainers.base_trainer import DiffusionTrainer
+from ..trainers.checkpoints import ResumeError
+from ..trainers.disk import SaveError
 from ..trainers.grpo_config import FlowGRPOConfig
 from ..trainers.grpo_trainer import FlowGRPOTrainer
 from ..trainers.nft_config import DiffusionNFTConfig
@@ -21,6 +23,7 @@ from ..trainers.nft_trainer import DiffusionNFTTrainer
 from ..trainers.opd_config import DiffusionOPDConfig
 from ..trainers.opd_trainer import DiffusionOPDTrainer
 from ..trainers.plan import describe_plan
+from ..trainers.rl_trainer import UnscoredError
 from ..trainers.run_lock import holding
 from ..utils.distributed import use_all_cores
 from ..utils.files import written_whole
@@ -80,6 +83,7 @@ def train(trainer: DiffusionTrainer, script_args: ScriptArguments) -> None:
     trainer.train(resume_from_checkpoint=resume)
     # "Internal", or upstream would push here too, before there are results
     trainer.save_model(training_args.output_dir, _internal_call=True)
+    trainer.check_end()
     output_dir = Path(training_args.output_dir)
     if script_args.compare:
         results = _results_of_the_end(trainer) or compare(trainer)
@@ -148,6 +152,8 @@ def main(
         if not script_args.dry_run:
             try:
                 train(trainer, script_args)
-            except PushError as error:
+            except ResumeError as error:  # what could not be checked before the models were loaded
+                fail(error)
+            except (PushError, SaveError, UnscoredError) as error:
                 fail(error, exit_code=1)
         trainer.accelerator.end_training()  # or a process may abort while it exits, its communication still running

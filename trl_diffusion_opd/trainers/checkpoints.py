@@ -35,6 +35,10 @@ _FILES = (
 )
 
 
+class ResumeError(ValueError):
+    """A run cannot be resumed from a checkpoint."""
+
+
 def checkpoint_step(folder: Path) -> int:
     """The step in the name of a checkpoint, -1 of any other folder."""
     match = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", folder.name)
@@ -100,7 +104,7 @@ def begin_run(output_dir: str | Path, resume_from_checkpoint: str | Path | bool 
         `tuple[str | None, str]`: the checkpoint to resume from, if any, and the id of the run.
 
     Raises:
-        `ValueError`: the checkpoint to resume from cannot be resumed from.
+        `ResumeError`: the checkpoint to resume from cannot be resumed from.
     """
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -155,32 +159,32 @@ def check_files(folder: str | Path) -> None:
             The checkpoint.
 
     Raises:
-        `ValueError`: a file is missing or damaged; the message names it.
+        `ResumeError`: a file is missing or damaged; the message names it.
     """
     folder = Path(folder)
     for file in _FILES:
         # Upstream starts the optimizer afresh without a word if its file is missing.
         if not (folder / file).is_file():
-            raise ValueError(
+            raise ResumeError(
                 f"There is no checkpoint in {str(folder)!r}: it has no {file!r}. Pass a `checkpoint-N` folder of an "
                 "earlier run's `output_dir`, saved without `save_only_model`."
             )
     for file in (OPTIMIZER_NAME, SCHEDULER_NAME):
         if not zipfile.is_zipfile(folder / file):  # as torch.save writes it
-            raise ValueError(_damaged(folder, file))
+            raise ResumeError(_damaged(folder, file))
     read_step(folder)
     for file in (PROVENANCE_FILE, TRAINING_ARGS_FILE):
         read_json(folder, file)
 
 
 def read_json(folder: str | Path, file: str) -> dict[str, Any]:
-    """A JSON file of a checkpoint; a `ValueError` if it is damaged."""
+    """A JSON file of a checkpoint; a `ResumeError` if it is damaged."""
     try:
         content = json.loads((Path(folder) / file).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(_damaged(folder, file)) from error
+        raise ResumeError(_damaged(folder, file)) from error
     if not isinstance(content, dict):
-        raise ValueError(_damaged(folder, file))
+        raise ResumeError(_damaged(folder, file))
     return content
 
 
@@ -188,7 +192,7 @@ def read_step(folder: str | Path) -> int:
     """The number of optimizer steps that a checkpoint was saved after."""
     step = read_json(folder, TRAINER_STATE_NAME).get("global_step")
     if not isinstance(step, int):
-        raise ValueError(_damaged(folder, TRAINER_STATE_NAME))
+        raise ResumeError(_damaged(folder, TRAINER_STATE_NAME))
     return step
 
 
@@ -205,7 +209,7 @@ def check_student(folder: str | Path, config: LoraConfig, ema_decay: float | Non
             Whether the run keeps a moving average, and with which decay.
 
     Raises:
-        `ValueError`: the LoRA is damaged, has another shape, or there is a moving average in one of the two alone.
+        `ResumeError`: the LoRA is damaged, has another shape, or there is a moving average in one of the two alone.
     """
     check_average(folder, ema_decay)
     names = [DIFFUSERS_WEIGHT_NAME] if ema_decay is None else [DIFFUSERS_WEIGHT_NAME, RAW_WEIGHT_NAME]
@@ -213,7 +217,7 @@ def check_student(folder: str | Path, config: LoraConfig, ema_decay: float | Non
         saved = read_lora(Path(folder) / name, owner=f"checkpoint {str(folder)!r}").config
         for option in ("r", "lora_alpha"):
             if getattr(saved, option) != getattr(config, option):
-                raise ValueError(
+                raise ResumeError(
                     f"The checkpoint {str(folder)!r} was saved with another LoRA config: {option} {getattr(saved, option)} "
                     f"instead of {getattr(config, option)}. Resume with the LoRA config of the saved run, or start a new "
                     "run in another `output_dir`."
@@ -221,10 +225,10 @@ def check_student(folder: str | Path, config: LoraConfig, ema_decay: float | Non
 
 
 def check_average(folder: str | Path, ema_decay: float | None) -> bool:
-    """Whether a checkpoint holds a moving average; a `ValueError` if the run has one and the checkpoint not, or vice versa."""
+    """Whether a checkpoint holds a moving average; a `ResumeError` if the run has one and the checkpoint not, or vice versa."""
     averaged = (Path(folder) / RAW_WEIGHT_NAME).is_file()
     if averaged != (ema_decay is not None):
-        raise ValueError(
+        raise ResumeError(
             f"The checkpoint {str(folder)!r} was saved {'with' if averaged else 'without'} a moving average, but "
             f"`ema_decay` is {ema_decay}. Resume with the settings of the saved run."
         )

@@ -22,7 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotat
 from trl.trainer.base_trainer import _BaseTrainer
 
 from ..hub.locations import DIFFUSERS_WEIGHT_NAME
-from ..lora.adapters import load_lora_into, save_lora
+from ..lora.adapters import has_no_effect, load_lora_into, lora_state_dict, save_lora
 from ..publishing.card import render_card
 from ..publishing.push import RAW_WEIGHT_NAME, TRAINING_ARGS_FILE
 from ..utils.files import replace_folder, sync, written_whole
@@ -30,6 +30,7 @@ from ..utils.serialization import dump_json, without_paths
 from .checkpoints import (
     CHECKPOINT_STAGING_FOLDER,
     PROVENANCE_FILE,
+    ResumeError,
     begin_run,
     check_average,
     check_files,
@@ -109,7 +110,7 @@ class LoraTrainer(PushMixin, _BaseTrainer):
 
         Raises:
             `OSError`: nothing can be written there, or another run writes there.
-            `ValueError`: the run cannot be resumed from the checkpoint.
+            `ResumeError`: the run cannot be resumed from the checkpoint.
         """
         self.trajectory = describe_trajectory(datasets, args)
         self.first_step = 0
@@ -167,6 +168,9 @@ class LoraTrainer(PushMixin, _BaseTrainer):
             return
         super()._run_epoch(*args, **kwargs)
 
+    def check_end(self) -> None:
+        """Raises an error if a run that has ended learned nothing for a reason that must not go unnoticed."""
+
     # Saving
 
     @contextmanager
@@ -209,6 +213,10 @@ class LoraTrainer(PushMixin, _BaseTrainer):
                 (output_dir / RAW_WEIGHT_NAME).unlink(missing_ok=True)  # of an earlier run in this folder
             if output_dir == Path(self.args.output_dir):
                 self.create_model_card()
+                with self.ema.applied() if self.ema is not None else nullcontext():
+                    idle = has_no_effect(lora_state_dict(self.transformer))
+                if idle:
+                    logger.warning(f"The LoRA in {str(output_dir)!r} has no effect: its updates are all zero.")
 
     def _get_output_dir(self, trial) -> str:
         return self._staging_dir or super()._get_output_dir(trial)
@@ -269,11 +277,14 @@ class LoraTrainer(PushMixin, _BaseTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         # Upstream knows full models and PEFT's file names only.
         folder = Path(resume_from_checkpoint)
-        check_files(folder)
-        self._check_provenance(read_json(folder, PROVENANCE_FILE), folder)
-        self._load_student(folder)
-        self.load_method_state(folder)
-        check_trajectory(folder, self.trajectory, self.args.allow_changes)
+        try:
+            check_files(folder)
+            self._check_provenance(read_json(folder, PROVENANCE_FILE), folder)
+            self._load_student(folder)
+            self.load_method_state(folder)
+            check_trajectory(folder, self.trajectory, self.args.allow_changes)
+        except ValueError as error:
+            raise ResumeError(str(error)) from error
         if self.is_world_process_zero():
             tell_changes(folder, self.trajectory, without_paths(self.args.to_dict()))
         self.resume_record(folder)

@@ -32,6 +32,10 @@ from .rl_config import RLConfig
 _MAX_UNSCORED_ROLLOUTS = 3
 
 
+class UnscoredError(RuntimeError):
+    """Every reward failed, rollout after rollout, so that nothing can be learned."""
+
+
 @dataclass
 class Experience:
     """
@@ -67,7 +71,6 @@ class RLTrainer(DiffusionTrainer):
 
     config_class: type[RLConfig]
     _only_task: str | None = None
-    _scores: list[bool] = []  # whether there was one, of the last rollouts
 
     def __init__(
         self,
@@ -107,6 +110,7 @@ class RLTrainer(DiffusionTrainer):
         )
         self._experiences: dict[tuple[int, int], list[Experience]] = {}
         self._shares: list[float] = []
+        self._scored: dict[int, bool] = {}  # whether an image of the rollout of a step has a score
 
     def check_rewards(self, args: RLConfig) -> None:
         if unprompted := [task for task in self.reward_funcs if task not in self.datasets]:
@@ -337,18 +341,19 @@ class RLTrainer(DiffusionTrainer):
         return ", ".join(task if task == name else f"{task} (rewarded by {name})" for task, name in names.items())
 
     def check_scored(self, rewards: torch.Tensor) -> None:
-        """Raises a `RuntimeError` at the third rollout in a row of which no image, in all processes, has a score."""
-        self._scores = [*self._scores, bool(rewards.isfinite().any())][-_MAX_UNSCORED_ROLLOUTS:]
-        if len(self._scores) == _MAX_UNSCORED_ROLLOUTS:
+        """Raises an [`UnscoredError`] at the third rollout in a row of which no image, in all processes, has a score."""
+        self._scored[self.state.global_step] = bool(rewards.isfinite().any())
+        if len(self._scored) >= _MAX_UNSCORED_ROLLOUTS:
             self.check_end()
 
     def check_end(self) -> None:
-        """Raises a `RuntimeError` if no image of the last rollouts has a score."""
-        if self._scores and not any(self._scores):
-            raise RuntimeError(
-                f"No image of the last {len(self._scores)} rollouts up to round {self.state.global_step} has a score: "
-                "every reward failed or was not finite, so that nothing was learned. See to the rewards "
-                "(`trl-diffusion-opd rewards --check`) and resume from the last checkpoint."
+        """Raises an [`UnscoredError`] if no image of the last rollouts has a score."""
+        last = list(self._scored.values())[-_MAX_UNSCORED_ROLLOUTS:]
+        if last and not any(last):
+            raise UnscoredError(
+                f"No image of the last {len(last)} rollouts up to round {self.state.global_step} has a score: every reward "
+                "failed or was not finite, so that nothing was learned. See to the rewards (`trl-diffusion-opd rewards "
+                "--check`) and resume from the last checkpoint."
             )
 
     def check_finite(self, loss: torch.Tensor) -> None:

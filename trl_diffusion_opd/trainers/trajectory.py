@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from ..data.rounds import Prompts, StreamedPrompts, is_plain
 from ..publishing.push import TRAINING_ARGS_FILE
 from ..utils.serialization import dump_json
-from .checkpoints import PROVENANCE_FILE, read_json
+from .checkpoints import PROVENANCE_FILE, ResumeError, read_json
 
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def check_trajectory(folder: str | Path, trajectory: dict[str, Any], allowed: li
             What of it may be other.
 
     Raises:
-        `ValueError`: something else is other.
+        `ResumeError`: something else is other.
     """
     saved = read_json(folder, PROVENANCE_FILE).get(TRAJECTORY_KEY, {})
     changes = [
@@ -107,7 +107,7 @@ def check_trajectory(folder: str | Path, trajectory: dict[str, Any], allowed: li
         if name in saved and saved[name] != now and name not in (allowed or [])
     ]
     if changes:
-        raise ValueError(
+        raise ResumeError(
             f"The checkpoint {str(folder)!r} was saved with {', '.join(changes)}. This defines the course of a run: resume "
             "with the saved values, name in `allow_changes` what is to change, or start a new run in another "
             "`output_dir`."

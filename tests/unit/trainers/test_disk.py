@@ -102,7 +102,9 @@ class TestRescue:
 
     def test_beside_the_folder(self, trained, tmp_path):
         self.block(tmp_path / "home" / "out")
-        with pytest.raises(SaveError, match="The LoRA of '.*out' could not be saved: .*File exists.* was saved to ") as error:
+        with pytest.raises(
+            SaveError, match="The LoRA of '.*out' could not be saved: .*File exists.* was saved to "
+        ) as error:
             trained.save_model()
         [folder] = (tmp_path / "home").glob("out-rescued-*")
         assert repr(str(folder)) in str(error.value) and "\n" not in str(error.value)
@@ -130,7 +132,9 @@ class TestRescue:
             raise RuntimeError("PytorchStreamWriter failed writing file")  # torch's word for a full disk
 
         monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", fail)
-        message = "The checkpoint '.*checkpoint-2' could not be saved: PytorchStreamWriter .*was saved to '.*out-rescued-"
+        message = (
+            "The checkpoint '.*checkpoint-2' could not be saved: PytorchStreamWriter .*was saved to '.*out-rescued-"
+        )
         with pytest.raises(SaveError, match=message):
             trainer.train()
         [folder] = tmp_path.glob("out-rescued-*")

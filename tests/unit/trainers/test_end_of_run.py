@@ -2,6 +2,7 @@
 """The end of a run is a state: a checkpoint of the last step is finished, never trained further, whatever killed the run."""
 
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -13,9 +14,9 @@ from transformers import TrainerCallback
 
 from tests.support import rl_runs
 from tests.support.runs import PROMPTS, SAVING_RUN, make_trainer, student_state
-from trl_diffusion_opd.cli.recipe import OPDScriptArguments
+from trl_diffusion_opd.cli.recipe import OPDScriptArguments, RLScriptArguments
 from trl_diffusion_opd.cli.train import train as finish_run
-from trl_diffusion_opd.trainers.rl_trainer import RLTrainer
+from trl_diffusion_opd.trainers.rl_trainer import RLTrainer, UnscoredError
 
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -40,7 +41,9 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
 
 
 def make_rl_trainer(method: str, folder: Path, **settings) -> RLTrainer:
-    return rl_runs.make_trainer(method, folder, **{"save_strategy": "steps", "save_steps": 2, "max_steps": 3, **settings})
+    return rl_runs.make_trainer(
+        method, folder, **{"save_strategy": "steps", "save_steps": 2, "max_steps": 3, **settings}
+    )
 
 
 def make(method: str, folder: Path, **settings):
@@ -193,3 +196,50 @@ def test_a_comparison_that_is_there_is_not_made_again(tmp_path, capsys):
     results.unlink()
     finish("true")
     assert len(calls) == 2 * number and results.read_text() == scores
+
+
+def failing(images, prompts, **columns):
+    return [None] * len(images)
+
+
+@pytest.mark.parametrize("method", ["grpo", "nft"])
+def test_a_run_whose_rewards_all_fail_stops(tmp_path, method):
+    trainer = rl_runs.make_trainer(method, tmp_path, rewards=failing, max_steps=5)
+    with pytest.raises(
+        UnscoredError, match="No image of the last 3 rollouts up to round 2 has a score: every reward"
+    ) as e:
+        trainer.train()
+    assert trainer.state.global_step == 2 and "\n" not in str(e.value)
+
+
+def test_rewards_that_come_back_let_the_run_go_on(tmp_path):
+    calls = []
+
+    def sometimes(images, prompts, **columns):
+        calls.append(len(images))
+        return rl_runs.brightness(images, prompts) if len(calls) in (1, 4) else [None] * len(images)
+
+    trainer = rl_runs.make_trainer("grpo", tmp_path, rewards=sometimes, max_steps=6)
+    trainer.train()
+    assert trainer.state.global_step == 6 and len(calls) == 6
+    trainer.check_end()
+
+
+def test_a_short_run_without_a_score_ends_with_an_error(tmp_path, caplog):
+    """After its LoRA, which has no effect, was saved with a warning."""
+    trainer = rl_runs.make_trainer("grpo", tmp_path, rewards={"count": failing}, data={"count": ["a"]}, max_steps=1)
+    script_args = RLScriptArguments(
+        model_name_or_path="tiny", datasets={"count": "x"}, reward_funcs={"count": "brightness"}
+    )
+    with caplog.at_level(logging.WARNING), pytest.raises(UnscoredError, match="last 1 rollouts up to round 1"):
+        finish_run(trainer, script_args)
+    assert f"The LoRA in {str(tmp_path / 'out')!r} has no effect: its updates are all zero." in caplog.text
+    assert (tmp_path / "out" / LORA).is_file()
+
+
+def test_a_lora_with_an_effect_is_saved_without_a_word(tmp_path, caplog):
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.train()
+    with caplog.at_level(logging.WARNING):
+        trainer.save_model()
+    assert "has no effect" not in caplog.text

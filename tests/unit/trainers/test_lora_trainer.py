@@ -80,7 +80,9 @@ def test_upstream_still_trains_before_it_asks_whether_a_step_is_left():
 
 def test_upstream_still_takes_the_last_checkpoint_whoever_saved_it():
     assert "get_last_checkpoint(args.output_dir)" in inspect.getsource(Trainer.train)
-    assert "self.set_initial_training_values(args, train_dataloader)" in inspect.getsource(Trainer._inner_training_loop)
+    assert "self.set_initial_training_values(args, train_dataloader)" in inspect.getsource(
+        Trainer._inner_training_loop
+    )
 
 
 def test_upstream_still_loads_the_learning_rate_with_the_optimizer():

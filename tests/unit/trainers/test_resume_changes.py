@@ -57,7 +57,9 @@ OTHER_PROMPTS = {**PROMPTS, "scene": ["a boat at night", "a house at noon", "a t
 )
 def test_what_defines_the_course_of_a_run_must_be_asked_for(folder, change, message, name):
     """Refused before the base, which is nowhere, is looked for."""
-    with pytest.raises(ValueError, match=rf"checkpoint-2' was saved with {message}\. .*name in `allow_changes`") as error:
+    with pytest.raises(
+        ValueError, match=rf"checkpoint-2' was saved with {message}\. .*name in `allow_changes`"
+    ) as error:
         make_trainer(folder, pipeline=tiny_pipeline(), resume_from_checkpoint="true", **{**SAVED, **change})
     assert "\n" not in str(error.value)
     if name is not None:
@@ -86,7 +88,9 @@ def test_the_split_of_a_round_may_change(folder, saved, caplog):
         return describe_trajectory(trainer.datasets, config)["images_per_round"]
 
     trainer.args.__class__ = TwoProcesses
-    assert images(trainer.args) == 2 * images(make_config(folder, per_device_train_batch_size=1, gradient_accumulation_steps=2))
+    assert images(trainer.args) == 2 * images(
+        make_config(folder, per_device_train_batch_size=1, gradient_accumulation_steps=2)
+    )
 
 
 def test_what_may_change_is_told_in_one_line_and_has_an_effect(folder, caplog):
@@ -95,7 +99,12 @@ def test_what_may_change_is_told_in_one_line_and_has_an_effect(folder, caplog):
     with caplog.at_level(logging.WARNING):
         trainer = resume(folder, learning_rate=0.001, logging_steps=2, weight_decay=0.5)
     [line] = [record.getMessage() for record in caplog.records if "with other settings" in record.getMessage()]
-    for change in ("learning_rate 0.01 -> 0.001", "logging_steps 1 -> 2", "max_steps 2 -> 3", "weight_decay 0.0001 -> 0.5"):
+    for change in (
+        "learning_rate 0.01 -> 0.001",
+        "logging_steps 1 -> 2",
+        "max_steps 2 -> 3",
+        "weight_decay 0.0001 -> 0.5",
+    ):
         assert change in line
     assert line.count("->") == 4 and "\n" not in line
     for group in trainer.optimizer.param_groups:
@@ -117,7 +126,9 @@ def test_the_settings_of_a_method_are_among_them(tmp_path):
 
 @pytest.mark.parametrize("value", [["sede"], "seed", ["max_steps"]])
 def test_allow_changes_must_name_what_is_checked(tmp_path, value):
-    with pytest.raises(ValueError, match=r"`allow_changes` must be a list of names out of seed, .*prompts, but holds .*"):
+    with pytest.raises(
+        ValueError, match=r"`allow_changes` must be a list of names out of seed, .*prompts, but holds .*"
+    ):
         make_config(tmp_path, allow_changes=value)
 
 
@@ -131,7 +142,11 @@ def damage(folder: Path, file: str, content: bytes | None) -> None:
     [
         ("optimizer.pt", None, "There is no checkpoint in .*: it has no 'optimizer.pt'"),
         ("trainer_state.json", None, "it has no 'trainer_state.json'"),
-        ("optimizer.pt", b"PK\x03\x04 cut", "is damaged: its 'optimizer.pt' cannot be read. Resume from an earlier one"),
+        (
+            "optimizer.pt",
+            b"PK\x03\x04 cut",
+            "is damaged: its 'optimizer.pt' cannot be read. Resume from an earlier one",
+        ),
         ("trainer_state.json", b"{", "is damaged: its 'trainer_state.json' cannot be read"),
         ("trainer_state.json", b"{}", "is damaged: its 'trainer_state.json' cannot be read"),
         ("provenance.json", b"[]", "is damaged: its 'provenance.json' cannot be read"),
