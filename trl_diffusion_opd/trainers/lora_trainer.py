@@ -45,6 +45,7 @@ from .disk import SaveError, check_output_dir, save_elsewhere
 from .pushing import PushMixin
 from .run_lock import holding
 from .trajectory import TRAJECTORY_KEY, check_trajectory, describe_trajectory, tell_changes
+from .watchdog import watching_others
 
 
 logger = logging.getLogger(__name__)
@@ -151,7 +152,8 @@ class LoraTrainer(PushMixin, _BaseTrainer):
                 (Path(self.args.output_dir) / "results.json").unlink(missing_ok=True)
             if self.resumed_at_end:
                 logger.warning(f"{checkpoint!r} is of the last step: there is nothing left to train.")
-            output = super().train(checkpoint, *args, **kwargs)
+            with watching_others():
+                output = super().train(checkpoint, *args, **kwargs)
             if main and self.resumed_at_end:  # maybe the run was killed just before
                 self._rotate_checkpoints(self.args.output_dir)
             return output
