@@ -190,19 +190,30 @@ def default_lora(target_modules: str | list[str] | None = None, **overrides: Any
     return LoraConfig(**{**settings, **overrides})
 
 
-def add_student(
-    transformer: nn.Module, peft_config: LoraConfig | dict[str, Any] | None, family: ModelFamily
-) -> dict[str, nn.Parameter]:
+def student_config(peft_config: LoraConfig | dict[str, Any] | None, family: ModelFamily) -> LoraConfig:
+    """
+    The student's LoRA.
+
+    Args:
+        peft_config (`LoraConfig` or `dict`, *optional*):
+            The LoRA, or the fields in which it differs from [`default_lora`] on the family's targets, the default.
+        family ([`ModelFamily`]):
+            Family of the base.
+    """
+    if isinstance(peft_config, LoraConfig):
+        return peft_config
+    return default_lora(**{"target_modules": family.lora_targets, **(peft_config or {})})
+
+
+def add_student(transformer: nn.Module, peft_config: LoraConfig) -> dict[str, nn.Parameter]:
     """
     Adds the student's LoRA as the active, trainable adapter `"default"`, in float32 whatever the base is in.
 
     Args:
         transformer (`torch.nn.Module`):
             The base transformer, frozen.
-        peft_config (`LoraConfig` or `dict`, *optional*):
-            The LoRA, or the fields in which it differs from [`default_lora`] on the family's targets, the default.
-        family ([`ModelFamily`]):
-            Family of the base.
+        peft_config (`LoraConfig`):
+            From [`student_config`].
 
     Returns:
         `dict[str, torch.nn.Parameter]`: the parameters to train, by name.
@@ -210,8 +221,6 @@ def add_student(
     Raises:
         `ValueError`: a config that trains or changes anything beside LoRA matrices, or with dropout.
     """
-    if not isinstance(peft_config, LoraConfig):
-        peft_config = default_lora(**{"target_modules": family.lora_targets, **(peft_config or {})})
     check_options(peft_config.to_dict(), "`peft_config`", "the student")
     if peft_config.lora_dropout:
         raise ValueError(

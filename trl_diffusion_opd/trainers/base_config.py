@@ -13,6 +13,7 @@ from ..rewards.functions import REWARD_TIMEOUT
 from ..sampling.solvers import SOLVERS, check_solver
 from ..utils.distributed import check_processes
 from ..utils.settings import AT_LEAST_1, BELOW_1, NOT_NEGATIVE, POSITIVE, Rule, check_kinds, check_rules
+from .trajectory import check_allow_changes
 
 
 @dataclass
@@ -103,6 +104,14 @@ class DiffusionConfig(_BaseConfig):
             draws none.
         save_curves (`bool`, *optional*, defaults to `True`):
             Whether to draw the loss and divergence curves to `curves.png` in the output folder at the end of training.
+
+        > Parameters that control resuming
+
+        allow_changes (`list[str]`, *optional*):
+            Settings that define the course of a run, like `"seed"` or `"solver"`, which may be others than those of the
+            checkpoint that the run is resumed from; also `"prompts"` and `"images_per_round"` (batch size x accumulation
+            x processes). All others must be the same. What may change anyway, like `max_steps` and `learning_rate`, need
+            not be named.
 
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
@@ -299,6 +308,15 @@ class DiffusionConfig(_BaseConfig):
         metadata={"help": "Whether to draw the loss and divergence curves to `curves.png` at the end of training."},
     )
 
+    # Parameters that control resuming
+    allow_changes: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Settings that define the course of a run (seed, solver, prompts, images_per_round, ...) which may "
+            "be others than those of the checkpoint that the run is resumed from."
+        },
+    )
+
     def __post_init__(self):
         check_kinds(self)
         check_rules(self, self._rules)
@@ -325,6 +343,7 @@ class DiffusionConfig(_BaseConfig):
             self.activation_checkpointing = True
         super().__post_init__()
 
+        check_allow_changes(self)
         check_processes(self.world_size)
         check_solver(self.solver, self.noise_level)
         check_solver(self.solver, self.eval_noise_level)

@@ -28,7 +28,7 @@ from ..hub.upload import check_destination
 from ..lora.adapters import load_lora_into
 from ..lora.ema import StudentEMA
 from ..lora.files import load_lora
-from ..models.loading import STUDENT, add_student, check_pipeline, load_pipeline
+from ..models.loading import STUDENT, add_student, check_pipeline, load_pipeline, student_config
 from ..models.prompt_encoder import PromptEncoder
 from ..models.sampler import Policy, PolicySampler
 from ..models.velocity import Conditioning, VelocityModel
@@ -145,6 +145,10 @@ class DiffusionTrainer(LoraTrainer):
         start = self.adapter_origin = None
         if adapter is not None:
             start, self.adapter_origin = load_lora(adapter, owner=f"adapter {str(adapter)!r}")
+        if peft_config is None and start is not None:
+            peft_config = start.config
+        peft_config = student_config(peft_config, self.family)
+        self.check_start(args, self.datasets, peft_config)
         self.fetch_models()
         set_seed(args.seed)
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
@@ -158,9 +162,7 @@ class DiffusionTrainer(LoraTrainer):
         self.transformer = self.pipeline.transformer
         self.latent_shape = self.family.latent_shape(self.pipeline, args.height, args.width)
         self.skip_last_steps = check_family_settings(args, self.family, self.pipeline)
-        if peft_config is None and start is not None:
-            peft_config = start.config
-        parameters = add_student(self.transformer, peft_config, self.family)
+        parameters = add_student(self.transformer, peft_config)
         if start is not None:
             load_lora_into(self.transformer, start)
         self.ema = None

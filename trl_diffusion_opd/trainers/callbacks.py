@@ -84,8 +84,6 @@ class StopwatchCallback(TrainerCallback):
         self._last = time.perf_counter()
         # What was scored were weights that are about to change.
         self.outcome.results = {}
-        if state.is_world_process_zero:
-            (Path(args.output_dir) / "results.json").unlink(missing_ok=True)
 
     def on_step_end(self, args, state, control, **kwargs):
         now = time.perf_counter()

@@ -27,6 +27,13 @@ from .plan import MethodPlan
 from .rl_config import RLConfig
 
 
+_MAX_UNSCORED_ROLLOUTS = 3
+
+
+class UnscoredError(RuntimeError):
+    """Every reward failed, rollout after rollout, so that nothing can be learned."""
+
+
 @dataclass
 class Experience:
     """
@@ -102,6 +109,7 @@ class RLTrainer(DiffusionTrainer):
         )
         self._experiences: dict[tuple[int, int], list[Experience]] = {}
         self._loss_weights: list[float] = []
+        self._scored: dict[int, bool] = {}  # whether an image of the rollout of a step has a score
 
     def check_rewards(self, args: RLConfig) -> None:
         if unprompted := [task for task in self.reward_funcs if task not in self.datasets]:
@@ -153,7 +161,7 @@ class RLTrainer(DiffusionTrainer):
 
     def load_method_state(self, folder: Path) -> None:
         step = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step
-        if step % self.args.steps_per_rollout:
+        if step % self.args.steps_per_rollout and step < self.planned_steps:  # at the end no images are needed
             raise ValueError(
                 f"The checkpoint {str(folder)!r} was saved in the middle of a rollout, whose images are gone: its step "
                 f"{step} is no multiple of `steps_per_rollout` = {self.args.steps_per_rollout}. Resume from another one, "
@@ -271,6 +279,7 @@ class RLTrainer(DiffusionTrainer):
         task_ids = torch.tensor([tasks.index(e.batch.task) for e in experiences for _ in e.batch.groups])
         groups = torch.tensor([prompt_group(e.batch.task, prompt) for e in experiences for prompt in e.batch.prompts])
         everywhere = [self.accelerator.gather(t.to(device)).cpu() for t in (rewards.float(), groups, task_ids)]
+        self.check_scored(everywhere[0])
         first = self.args.process_index * len(rewards)
         advantages = group_advantages(*everywhere, scale=self.args.scale_rewards)
         advantages = advantages.clamp(-self.args.advantage_clip, self.args.advantage_clip)
@@ -323,6 +332,22 @@ class RLTrainer(DiffusionTrainer):
         """The tasks and their rewards, in words."""
         names = {task: "+".join(map(reward_name, funcs)) for task, funcs in self.reward_funcs.items()}
         return ", ".join(task if task == name else f"{task} (rewarded by {name})" for task, name in names.items())
+
+    def check_scored(self, rewards: torch.Tensor) -> None:
+        """Raises an [`UnscoredError`] at the third rollout in a row of which no image, in all processes, has a score."""
+        self._scored[self.state.global_step] = bool(rewards.isfinite().any())
+        if len(self._scored) >= _MAX_UNSCORED_ROLLOUTS:
+            self.check_end()
+
+    def check_end(self) -> None:
+        """Raises an [`UnscoredError`] if no image of the last rollouts has a score."""
+        last = list(self._scored.values())[-_MAX_UNSCORED_ROLLOUTS:]
+        if last and not any(last):
+            raise UnscoredError(
+                f"No image of the last {len(last)} rollouts up to round {self.state.global_step} has a score: every reward "
+                "failed or was not finite, so that nothing was learned. See to the rewards (`trl-diffusion-opd rewards "
+                "--check`) and resume from the last checkpoint."
+            )
 
     def check_finite(self, loss: torch.Tensor) -> None:
         """Raises a `FloatingPointError` if the loss is NaN or infinite in any process."""
