@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table that tells whether a training worked: base and student on every task, and where there are teachers these too."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..models.sampler import Policy
+from ..utils.serialization import write_json
 from .gains import gains
 from .score import score_policy
 
@@ -90,6 +90,4 @@ def format_table(results: dict[str, Any]) -> str:
 
 
 def save_results(results: dict[str, Any], folder: str | Path) -> Path:
-    path = Path(folder) / "results.json"
-    path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    return path
+    return write_json(Path(folder) / "results.json", results)

@@ -15,6 +15,7 @@ from torch import nn
 from ..hub.download import fetch, fetch_checked
 from ..hub.errors import SourceError, hub_errors
 from ..hub.locations import Origin, parse_source
+from ..hub.options import check_init_kwargs
 from ..lora.files import check_options
 from .sd3_sde_pipeline import StableDiffusion3SDEPipeline
 
@@ -62,6 +63,7 @@ def check_pipeline(
             f"`model` must be a Hub id, a local folder or a `StableDiffusion3Pipeline`, but is a {type(model)}."
         )
     source, kwargs = parse_source(model, kind="model"), dict(init_kwargs or {})
+    check_init_kwargs(kwargs, StableDiffusion3Pipeline, owner=owner)
     if source.path is None:
         if source.subfolder is not None or (source.revision and "revision" in kwargs):
             raise ValueError(
@@ -114,7 +116,8 @@ def load_pipeline(
         chosen = getattr(torch, chosen) if isinstance(chosen, str) else chosen
         dtypes = chosen if isinstance(chosen, dict) else {"default": chosen, "vae": torch.float32}
         kwargs.pop("revision", None)
-        folder = fetch_pipeline(origin, kwargs) if origin.repo_id else Path(model).expanduser()
+        local = parse_source(model, kind="model").path  # the cache of the Hub, if `origin` names a repository too
+        folder = local or fetch_pipeline(origin, kwargs)
         pipeline = StableDiffusion3SDEPipeline.from_pretrained(folder, dtype=dtypes, **kwargs)
         pipeline.register_to_config(_name_or_path=origin.repo_id or str(model))
     if adapters := getattr(pipeline.transformer, "peft_config", None):

@@ -45,7 +45,7 @@ def read_run(folder: str | Path) -> dict[str, bytes]:
     for path in sorted(path for pattern in _PUSHED for path in folder.glob(pattern)):
         content = path.read_bytes()
         if path.suffix == ".json" and path.name != RECORD_FILE:  # no paths in it, but prompts that may look like one
-            content = dump_json(without_paths(json.loads(content))).encode()
+            content = dump_json(without_paths(json.loads(content)), sort_keys=True).encode()
         files[path.relative_to(folder).as_posix()] = content
     return files
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..hub.licenses import License
 from ..hub.locations import Origin
+from ..utils.serialization import write_json
 
 
 RECORD_FILE = "run.json"
@@ -242,9 +243,7 @@ class RunRecord:
 
     def save(self, folder: str | Path) -> Path:
         """Writes `run.json` into a folder."""
-        file = Path(folder) / RECORD_FILE
-        file.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-        return file
+        return write_json(Path(folder) / RECORD_FILE, asdict(self))
 
     def drop_missing(self, folder: str | Path) -> None:
         """Forgets the images that a folder, such as a checkpoint, does not have."""

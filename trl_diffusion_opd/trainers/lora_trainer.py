@@ -25,7 +25,7 @@ from ..hub.locations import DIFFUSERS_WEIGHT_NAME
 from ..hub.upload import PushError, create_repo, push_files
 from ..lora.adapters import load_lora_into, save_lora
 from ..publishing.push import RAW_WEIGHT_NAME, TRAINING_ARGS_FILE, read_run
-from ..utils.serialization import dump_json, without_paths
+from ..utils.serialization import write_json
 
 
 if TYPE_CHECKING:
@@ -91,9 +91,8 @@ class LoraTrainer(_BaseTrainer):
             with self.ema.applied():
                 save_lora(output_dir, self.transformer)
             save_lora(output_dir, self.transformer, weight_name=RAW_WEIGHT_NAME)
-        settings = dump_json(without_paths(self.args.to_dict()))
-        (output_dir / TRAINING_ARGS_FILE).write_text(settings, encoding="utf-8")
-        (output_dir / PROVENANCE_FILE).write_text(dump_json(self.provenance), encoding="utf-8")
+        write_json(output_dir / TRAINING_ARGS_FILE, self.args.to_dict(), sort_keys=True)
+        write_json(output_dir / PROVENANCE_FILE, self.provenance, sort_keys=True)
         self.make_record().save(output_dir)
         if output_dir == Path(self.args.output_dir):
             self.create_model_card()

@@ -15,7 +15,7 @@ from ..publishing.card_sections import link
 from ..publishing.record import PromptSet, RunRecord
 from ..rewards.functions import reward_name
 from ..utils.hardware import device_name
-from ..utils.serialization import is_absolute
+from ..utils.serialization import public_settings
 from .base_config import DiffusionConfig
 
 
@@ -33,6 +33,8 @@ _NOT_SETTINGS = tuple(
 )
 # Settings that the config class itself fills in or consumes.
 _RESOLVED = ("bf16", "activation_checkpointing", "gradient_checkpointing", "accelerator_config", "do_eval")
+# Fields of a LoRA's config that say where it was made, or that are for PEFT's own use.
+_NOT_LORA_SETTINGS = ("base_model_name_or_path", "auto_mapping", "runtime_config")
 _NUM_EXAMPLES = 2
 
 
@@ -100,28 +102,14 @@ def changed_settings(args: "TrainingArguments") -> dict[str, Any]:
         return f.default if f.default is not MISSING else f.default_factory() if callable(f.default_factory) else None
 
     defaults = {f.name: default(f) for f in (*fields(args), *fields(DiffusionConfig))}
-    changed = {
+    return {
         name: value
-        for name, value in args.to_dict().items()
+        for name, value in public_settings(args.to_dict()).items()
         if value != defaults[name]
-        and not (value in ([], {}) and not defaults[name])  # filled in by the config class
+        and not (value in ([], {}) and not defaults[name])  # filled in by the config class, or not to be shown
         and name not in _RESOLVED
         and not name.startswith(_NOT_SETTINGS)
     }
-    return without_secrets(changed)
-
-
-def without_secrets(content: Any) -> Any:
-    """Settings without what is only of this machine (absolute paths, caches) and without tokens."""
-    if isinstance(content, dict):
-        return {
-            key: without_secrets(value)
-            for key, value in content.items()
-            if "token" not in str(key) and key != "cache_dir" and not is_absolute(value)
-        }
-    if isinstance(content, list):
-        return [without_secrets(value) for value in content if not is_absolute(value)]
-    return content
 
 
 def lora_settings(config: "LoraConfig") -> dict[str, Any]:
@@ -134,7 +122,7 @@ def lora_settings(config: "LoraConfig") -> dict[str, Any]:
         "lora_target_modules": targets if isinstance(targets, str) else sorted(targets),
     }
     for name, value in ours.items():
-        if name not in ("r", "lora_alpha", "target_modules") and value != default[name]:
+        if name not in ("r", "lora_alpha", "target_modules", *_NOT_LORA_SETTINGS) and value != default[name]:
             settings[name if name.startswith("lora_") else f"lora_{name}"] = (
                 sorted(value) if isinstance(value, set) else value
             )
