@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model card of a run, rendered from its record alone."""
 
+import json
 import math
 from importlib import resources
 
@@ -9,9 +10,10 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..hub.locations import DIFFUSERS_WEIGHT_NAME
+from ..utils.markdown import code, escape, fenced
 from . import card_sections as card_parts
 from .card_sections import benchmark_results, benchmark_table
-from .record import RunRecord
+from .record import DEFAULT_PIPELINE, RunRecord
 
 
 # What a LoRA gallery of the Hub looks for.
@@ -43,15 +45,17 @@ def render_card(
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
     )
+    environment.filters |= {"code": code, "escape": escape, "python": _python}
     template = (resources.files(__package__) / "templates" / "model_card.md").read_text(encoding="utf-8")
     text = environment.from_string(template).render(
         front_matter=front_matter(record, title, _listed(dataset_name), _listed(tags)).to_yaml(),
-        title=title,
+        title=escape(title),
         record=record,
         parts=card_parts,
         benchmarks=benchmark_table(record),
         weight_name=DIFFUSERS_WEIGHT_NAME,
-        settings=yaml.safe_dump(record.settings, allow_unicode=True).strip(),
+        settings=fenced(yaml.safe_dump(record.settings, allow_unicode=True).strip(), "yaml"),
+        pipeline=record.pipeline_class or DEFAULT_PIPELINE,
     )
     return ModelCard(text)
 
@@ -96,6 +100,11 @@ def eval_results(record: RunRecord) -> list[EvalResult]:
         for task, value in card_parts.student_scores(record).items()
         if math.isfinite(value)
     ]
+
+
+def _python(text: str) -> str:
+    """A text as Python writes it, between double quotes."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _listed(value: str | list[str] | None) -> list[str]:

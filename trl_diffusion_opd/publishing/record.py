@@ -6,12 +6,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..hub.licenses import License
-from ..hub.locations import Origin
+from ..hub.licenses import License, read_license
+from ..hub.locations import Origin, Source, parse_source
 from ..utils.serialization import write_json
 
 
 RECORD_FILE = "run.json"
+DEFAULT_PIPELINE = "StableDiffusion3Pipeline"  # of records that name none
+PIPELINES = frozenset({DEFAULT_PIPELINE})  # those of diffusers that a LoRA of ours can be shown with
 
 
 @dataclass
@@ -176,6 +178,8 @@ class RunRecord:
             `max_sequence_length`.
         dtype (`str`, *optional*, defaults to `"bfloat16"`):
             Precision to load the pipeline in.
+        pipeline_class (`str`, *optional*):
+            Class of diffusers to load the base with; [`DEFAULT_PIPELINE`] if it is not set.
         settings (`dict`, *optional*):
             All settings that differ from the defaults.
         rounds (`int`, *optional*, defaults to `0`):
@@ -240,6 +244,7 @@ class RunRecord:
     paper: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     date: str | None = None
+    pipeline_class: str | None = None
 
     def save(self, folder: str | Path) -> Path:
         """Writes `run.json` into a folder."""
@@ -251,6 +256,29 @@ class RunRecord:
         self.gallery = [image for image in self.gallery if (folder / image.file).is_file()]
         self.grid = self.grid if self.grid and (folder / self.grid).is_file() else None
         self.curves = self.curves if self.curves and (folder / self.curves).is_file() else None
+
+    def set_base(self, base_model: str, token: str | None = None) -> None:
+        """
+        Names the base on the Hub, for a run that was made with a local folder, and reads its license.
+
+        Args:
+            base_model (`str`):
+                `owner/name[@revision]`.
+            token (`str`, *optional*):
+                Token to use instead of the one of `hf auth login` or `HF_TOKEN`.
+
+        Raises:
+            `ValueError`: it is no repository of the Hub.
+        """
+        source = Source(path=Path(base_model)) if Path(base_model).exists() else parse_source(base_model, kind="base")
+        if source.repo_id is None or source.subfolder is not None:
+            raise ValueError(
+                f"`base_model` must be a repository of the Hub as `owner/name` or `owner/name@revision`, but is "
+                f"{base_model!r}."
+            )
+        self.base = Origin(str(source), source.repo_id)
+        if self.base_license.id is None:
+            self.base_license = read_license(self.base, token=token)
 
     @classmethod
     def load(cls, folder: str | Path) -> "RunRecord":
@@ -277,6 +305,9 @@ class RunRecord:
             ):
                 content[key] = [item(**{**row, "origin": Origin(**row["origin"])}) for row in content.get(key, [])]
             content["gallery"] = [GalleryImage(**row) for row in content["gallery"]]
-            return cls(**content)
+            record = cls(**content)
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{str(file)!r} is no record of a run that this version reads: {error!r}.") from error
+        if record.pipeline_class is not None and not str(record.pipeline_class).isidentifier():
+            raise ValueError(f"{str(file)!r}: `pipeline_class` is no name of a class: {record.pipeline_class!r}.")
+        return record

@@ -24,6 +24,7 @@ from ..data.rounds import TaskBatch
 from ..losses.advantages import group_advantages
 from ..rewards.functions import RewardFunc, check_columns, reward_columns, reward_name, reward_threads
 from ..utils.hardware import on_device
+from ..utils.markdown import escape
 from .base_trainer import DiffusionTrainer
 from .plan import MethodPlan
 from .rl_config import RLConfig
@@ -150,7 +151,9 @@ class RLTrainer(DiffusionTrainer):
         )
 
     def describe_run(self) -> dict[str, Any]:
-        return {"summary": f"A LoRA trained by reinforcement learning ({self._name}) on {self.describe_rewards()}."}
+        return {
+            "summary": f"A LoRA trained by reinforcement learning ({self._name}) on {escape(self.describe_rewards())}."
+        }
 
     def load_method_state(self, folder: Path) -> None:
         step = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step
