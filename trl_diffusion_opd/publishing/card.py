@@ -2,17 +2,17 @@
 """The model card of a run, rendered from its record alone."""
 
 import json
-import math
 from importlib import resources
 
 import jinja2
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 
 from ..hub.locations import DIFFUSERS_WEIGHT_NAME
 from ..utils.markdown import code, escape, fenced
 from . import card_sections as card_parts
-from .card_sections import benchmark_results, benchmark_table
+from .card_sections import benchmark_table
+from .model_index import model_index
 from .record import DEFAULT_PIPELINE, RunRecord
 
 
@@ -66,7 +66,7 @@ def front_matter(record: RunRecord, title: str, datasets: list[str], tags: list[
     origins = [prompts.origin for prompts in (*record.prompts, *record.eval_prompts)]
     datasets = [*(origin.repo_id for origin in origins if origin.repo_id is not None), *datasets]
     sd35 = ["sd3.5", "sd3.5-diffusers"] if base and base.startswith(_SD35) else []
-    results = [*eval_results(record), *benchmark_results(record)]
+    results = model_index(record)
     return ModelCardData(
         library_name="diffusers",
         pipeline_tag="text-to-image",
@@ -81,25 +81,6 @@ def front_matter(record: RunRecord, title: str, datasets: list[str], tags: list[
         model_name=title if results else None,
         eval_results=results or None,
     )
-
-
-def eval_results(record: RunRecord) -> list[EvalResult]:
-    """Scores of this LoRA in the form of the Hub's `model-index`."""
-    prompts = {prompts.task: prompts.origin for prompts in record.eval_prompts}
-    return [
-        EvalResult(
-            task_type="text-to-image",
-            task_name="Text-to-Image",
-            dataset_type=prompts[task].repo_id or card_parts.slug(prompts[task].name),
-            dataset_name=prompts[task].name,
-            dataset_revision=prompts[task].commit,
-            metric_type="+".join(record.reward_names[task]),
-            metric_name=f"mean reward {' + '.join(record.reward_names[task])}",
-            metric_value=round(value, 4),
-        )
-        for task, value in card_parts.student_scores(record).items()
-        if math.isfinite(value)
-    ]
 
 
 def _python(text: str) -> str:

@@ -5,12 +5,13 @@ import math
 import re
 from typing import Any
 
-from huggingface_hub import EvalResult
-
 from ..evaluation.gains import gains
 from ..hub.locations import Origin
 from ..utils.markdown import code, enumeration, escape, hyperlink, table
 from .record import PromptSet, RunRecord
+
+
+UNIFIED_REWARD = "unifiedreward"  # the reward, and how its scores are called
 
 
 def student_scores(record: RunRecord) -> dict[str, float]:
@@ -193,6 +194,18 @@ def limits(record: RunRecord) -> list[str]:
         )
     elif record.rounds:
         found.append("Nothing was evaluated: how good it is, is not known.")
+    if record.has_no_effect:
+        found.append(
+            "**It has no effect: all its weights are zero**, so the images are those of the base. A run that was too "
+            "short for its moving average, or learned from nothing, ends like that."
+        )
+    if any(score.metric_type.startswith(UNIFIED_REWARD) for score in record.benchmarks) or any(
+        UNIFIED_REWARD in name.lower() for names in record.reward_names.values() for name in names
+    ):
+        found.append(
+            "UnifiedReward was asked with an instruction of this package, not with that of its authors: its scores "
+            "compare the rows here, and cannot be compared with published ones."
+        )
     if few := [
         f"{_num_scored(p)} on {escape(p.task)}"
         for p in record.eval_prompts
@@ -286,21 +299,3 @@ def benchmark_table(record: RunRecord) -> str:
         cells = [escape(score.benchmark), escape(score.metric), *others, f"**{score.value:.3f}**"]
         rows.append([*cells, images, link(score.origin)])
     return table(["benchmark", "score", *map(escape, bases), "**this LoRA**", "images", "prompts"], rows)
-
-
-def benchmark_results(record: RunRecord) -> list[EvalResult]:
-    """The scores on benchmarks in the form of the Hub's `model-index`."""
-    return [
-        EvalResult(
-            task_type="text-to-image",
-            task_name="Text-to-Image",
-            dataset_type=score.origin.repo_id or slug(score.origin.name),
-            dataset_name=score.benchmark,
-            dataset_revision=score.origin.commit,
-            metric_type=score.metric_type,
-            metric_name=score.metric,
-            metric_value=round(score.value, 4),
-        )
-        for score in record.benchmarks
-        if math.isfinite(score.value)
-    ]

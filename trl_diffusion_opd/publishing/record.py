@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..hub.licenses import License, read_license
-from ..hub.locations import Origin, Source, parse_source
+from ..hub.locations import Origin, parse_source
 from ..utils.serialization import write_json
 
 
@@ -180,6 +180,8 @@ class RunRecord:
             Precision to load the pipeline in.
         pipeline_class (`str`, *optional*):
             Class of diffusers to load the base with; [`DEFAULT_PIPELINE`] if it is not set.
+        has_no_effect (`bool`, *optional*, defaults to `False`):
+            Whether the LoRA that was saved changes nothing.
         settings (`dict`, *optional*):
             All settings that differ from the defaults.
         rounds (`int`, *optional*, defaults to `0`):
@@ -245,6 +247,7 @@ class RunRecord:
     versions: dict[str, str] = field(default_factory=dict)
     date: str | None = None
     pipeline_class: str | None = None
+    has_no_effect: bool = False
 
     def save(self, folder: str | Path) -> Path:
         """Writes `run.json` into a folder."""
@@ -270,7 +273,7 @@ class RunRecord:
         Raises:
             `ValueError`: it is no repository of the Hub.
         """
-        source = Source(path=Path(base_model)) if Path(base_model).exists() else parse_source(base_model, kind="base")
+        source = parse_source(base_model, kind="base")
         if source.repo_id is None or source.subfolder is not None:
             raise ValueError(
                 f"`base_model` must be a repository of the Hub as `owner/name` or `owner/name@revision`, but is "
