@@ -225,6 +225,29 @@ def lora_state_dict(transformer: nn.Module, adapter_name: str = "default") -> di
     return get_peft_model_state_dict(transformer, adapter_name=adapter_name, save_embedding_layers=False)
 
 
+def has_no_effect(state_dict: dict[str, torch.Tensor]) -> bool:
+    """
+    Whether a LoRA changes nothing, because in each of its modules `A` or `B` is zero.
+
+    A LoRA with magnitudes (DoRA) or non-zero biases counts as one that changes something.
+
+    Args:
+        state_dict (`dict[str, torch.Tensor]`):
+            Its tensors, with the names of [`lora_state_dict`]; a prefix before them does no harm.
+
+    Returns:
+        `bool`: `True` if every update `B @ A` is zero.
+    """
+    zeros = {name: not bool(tensor.detach().any()) for name, tensor in state_dict.items()}
+    halves = {name for name in zeros if ".lora_A." in name or ".lora_B.weight" in name}
+    modules = {name.rpartition(".lora_")[0] for name in halves}
+    updates = {
+        module for module in modules if not any(zeros[name] for name in halves if name.startswith(f"{module}.lora_"))
+    }
+    others = any(not zero for name, zero in zeros.items() if name not in halves and not name.endswith(".alpha"))
+    return bool(halves) and not updates and not others
+
+
 def lora_scaling(transformer: nn.Module, adapter_name: str = "default") -> dict[str, float]:
     """Returns the factor that each layer of one adapter applies to `B @ A`, by module name."""
     return {
