@@ -90,4 +90,4 @@ def format_table(results: dict[str, Any]) -> str:
 
 
 def save_results(results: dict[str, Any], folder: str | Path) -> Path:
-    return write_json(Path(folder) / "results.json", results)
+    return write_json(Path(folder) / "results.json", results, sort_keys=False)

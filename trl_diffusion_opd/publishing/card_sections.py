@@ -240,7 +240,7 @@ def link(origin: Origin) -> str:
     """A Hub source as a link to its commit, an address as a link, what is local by its name."""
     if origin.url is not None:
         return hyperlink(origin.name, origin.url) + (f" at `{origin.commit[:7]}`" if origin.commit else "")
-    if "://" in origin.name:
+    if re.match("https?://", origin.name):
         return hyperlink("/".join(origin.name.split("/")[-2:]), origin.name)
     return origin.name if origin.name == "in memory" else code(origin.name)
 

@@ -2,6 +2,7 @@
 """The scores of a LoRA in the form of the Hub's `model-index`, which others compare models by."""
 
 import math
+import re
 
 from huggingface_hub import EvalResult
 
@@ -25,16 +26,14 @@ def model_index(record: RunRecord) -> list[EvalResult]:
         metric = f"mean reward {' + '.join(record.reward_names[task])}"
         found += _result(origin, origin.name, rewards, metric, value, prompts[task].num_images)
     for score in record.benchmarks:
-        found += _result(
-            score.origin, score.benchmark, score.metric_type, score.metric, score.value, score.num_images
-        )
+        found += _result(score.origin, score.benchmark, score.metric_type, score.metric, score.value, score.num_images)
     return found
 
 
 def _result(
     origin: Origin, dataset: str, metric_type: str, metric: str, value: float, num_images: int | None
 ) -> list[EvalResult]:
-    is_public = origin.repo_id is not None or "://" in origin.name
+    is_public = origin.repo_id is not None or re.match("https?://", origin.name)
     if not is_public or not math.isfinite(value) or (num_images or 0) < MIN_IMAGES:
         return []
     return [

@@ -2,6 +2,7 @@
 """Push the folder of a run to the Hub."""
 
 import json
+import logging
 from pathlib import Path
 
 from ..hub.locations import DIFFUSERS_WEIGHT_NAME
@@ -10,6 +11,7 @@ from ..utils.serialization import dump_json, without_paths
 from .record import RECORD_FILE
 
 
+logger = logging.getLogger(__name__)
 # Must not end in `pytorch_lora_weights.safetensors`: `load_lora_weights(repo)` takes any file that does.
 RAW_WEIGHT_NAME = "pytorch_lora_weights_raw.safetensors"
 TRAINING_ARGS_FILE = "training_args.json"
@@ -46,7 +48,7 @@ def read_run(folder: str | Path) -> dict[str, bytes]:
         content = path.read_bytes()
         if path.suffix == ".json" and path.name != RECORD_FILE:  # no paths in it, but prompts that may look like one
             try:
-                content = dump_json(without_paths(json.loads(content)), sort_keys=True).encode()
+                content = dump_json(without_paths(json.loads(content))).encode()
             except ValueError as error:
                 raise ValueError(
                     f"{str(path)!r} is damaged: it holds no JSON ({error}). Take it from a checkpoint of the run, or "
@@ -95,6 +97,7 @@ def push_folder(
         `ValueError`: the folder holds no LoRA that can be read, or a file that is damaged, or nothing says where to push.
         `PushError`: it could not be pushed.
     """
+    from ..lora.adapters import has_no_effect
     from ..lora.files import read_lora
     from .card import render_card
     from .record import RunRecord
@@ -109,6 +112,13 @@ def push_folder(
 
         guidance_scale = record.inference.get("guidance_scale")
         record.benchmarks, record.benchmark_settings = benchmark_scores(evaluation, lora, guidance_scale)
+    if changes_nothing := has_no_effect(lora.state_dict):
+        logger.warning(
+            f"The LoRA in {str(folder)!r} has no effect: all its weights are zero. It is pushed all the same, and its "
+            "card says so. A longer run, or one without a moving average (`ema_decay`), would have learned something."
+        )
+    is_news = record.rounds > 0 and changes_nothing != record.has_no_effect
+    record.has_no_effect = record.rounds > 0 and changes_nothing
     if base_model is not None:
         record.set_base(base_model, token)
     record.drop_missing(folder)
@@ -119,7 +129,7 @@ def push_folder(
     files = read_run(folder)
     repo_id = create_repo(repo_id, token=token, private=private)
     is_elsewhere = (repo_id, revision) != (record.repo_id, record.revision)
-    if evaluation is not None or base_model is not None or is_elsewhere or "README.md" not in files:
+    if is_news or evaluation is not None or base_model is not None or is_elsewhere or "README.md" not in files:
         record.repo_id, record.revision, record.name = repo_id, revision, repo_id.split("/")[-1]
         record.save(folder)
         render_card(record).save(folder / "README.md")

@@ -251,7 +251,7 @@ class RunRecord:
 
     def save(self, folder: str | Path) -> Path:
         """Writes `run.json` into a folder."""
-        return write_json(Path(folder) / RECORD_FILE, asdict(self))
+        return write_json(Path(folder) / RECORD_FILE, asdict(self), sort_keys=False)
 
     def drop_missing(self, folder: str | Path) -> None:
         """Forgets the images that a folder, such as a checkpoint, does not have."""

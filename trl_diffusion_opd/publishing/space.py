@@ -200,7 +200,7 @@ def _render(content: SpaceContent, include_weights: bool) -> dict[str, bytes]:
     }
     files |= {
         "app.py": (template / "app.py").read_bytes(),
-        "demo.json": dump_json(demo, ensure_ascii=False).encode(),
+        "demo.json": dump_json(demo, sort_keys=False, ensure_ascii=False).encode(),
         "requirements.txt": "".join(
             f"{name}=={_version(name)}\n" for name in (template / "requirements.txt").read_text().split()
         ).encode(),
@@ -235,7 +235,7 @@ def _read(file: Path) -> bytes:
     paths = [name for name, value in content.items() if is_absolute(value)]
     if not paths:
         return file.read_bytes()
-    return dump_json({name: value for name, value in content.items() if name not in paths}).encode()
+    return dump_json({name: value for name, value in content.items() if name not in paths}, sort_keys=False).encode()
 
 
 def _version(name: str) -> str:

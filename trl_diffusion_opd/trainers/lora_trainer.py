@@ -91,8 +91,8 @@ class LoraTrainer(_BaseTrainer):
             with self.ema.applied():
                 save_lora(output_dir, self.transformer)
             save_lora(output_dir, self.transformer, weight_name=RAW_WEIGHT_NAME)
-        write_json(output_dir / TRAINING_ARGS_FILE, self.args.to_dict(), sort_keys=True)
-        write_json(output_dir / PROVENANCE_FILE, self.provenance, sort_keys=True)
+        write_json(output_dir / TRAINING_ARGS_FILE, self.args.to_dict())
+        write_json(output_dir / PROVENANCE_FILE, self.provenance)
         self.make_record().save(output_dir)
         if output_dir == Path(self.args.output_dir):
             self.create_model_card()

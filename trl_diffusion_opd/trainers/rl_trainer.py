@@ -151,9 +151,7 @@ class RLTrainer(DiffusionTrainer):
         )
 
     def describe_run(self) -> dict[str, Any]:
-        return {
-            "summary": f"A LoRA trained by reinforcement learning ({self._name}) on {escape(self.describe_rewards())}."
-        }
+        return {"summary": f"A LoRA trained by reinforcement learning ({self._name}) on {self.describe_rewards()}."}
 
     def load_method_state(self, folder: Path) -> None:
         step = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step
@@ -330,8 +328,8 @@ class RLTrainer(DiffusionTrainer):
                     self._metrics[f"{name}/{task}"].append(total / count)
 
     def describe_rewards(self) -> str:
-        """The tasks and their rewards, in words."""
-        names = {task: "+".join(map(reward_name, funcs)) for task, funcs in self.reward_funcs.items()}
+        """The tasks and their rewards, in words, as Markdown."""
+        names = {escape(task): escape("+".join(map(reward_name, funcs))) for task, funcs in self.reward_funcs.items()}
         return ", ".join(task if task == name else f"{task} (rewarded by {name})" for task, name in names.items())
 
     def check_finite(self, loss: torch.Tensor) -> None:

@@ -9,7 +9,10 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ..data.rounds import Prompts, num_prompts, spread
+from ..lora.adapters import has_no_effect
 from ..models.loading import STUDENT, default_lora
 from ..publishing.card_sections import link
 from ..publishing.record import PromptSet, RunRecord
@@ -81,8 +84,16 @@ def record_run(trainer: "DiffusionTrainer") -> RunRecord:
         paper=trainer._paper,
         versions=library_versions(),
         date=date.today().isoformat(),
+        has_no_effect=state.global_step > 0 and has_no_effect(_saved_weights(trainer)),
         **described,
     )
+
+
+def _saved_weights(trainer: "DiffusionTrainer") -> dict[str, torch.Tensor]:
+    """The student's weights as they are saved: the moving average if there is one."""
+    parameters = {name: p for name, p in trainer.transformer.named_parameters() if f".{STUDENT}." in name}
+    weights = parameters if trainer.ema is None else trainer.ema.state_dict()
+    return {name.replace(f".{STUDENT}.", "."): tensor for name, tensor in weights.items()}
 
 
 def resume_record(trainer: "DiffusionTrainer", checkpoint: str | Path) -> None:

@@ -81,7 +81,7 @@ def _is_plain(value: Any) -> bool:
     return _is_number(value) or isinstance(value, str)
 
 
-def dump_json(content: Any, *, sort_keys: bool = False, ensure_ascii: bool = True) -> str:
+def dump_json(content: Any, *, sort_keys: bool = True, ensure_ascii: bool = True) -> str:
     """JSON as all files of this package have it: two spaces, a line feed at the end, what JSON lacks as text."""
     return json.dumps(content, indent=2, sort_keys=sort_keys, ensure_ascii=ensure_ascii, default=str) + "\n"
 

@@ -120,7 +120,7 @@ class ResultsFolder:
         return merged
 
     def save_json(self, name: str, content: Any) -> None:
-        write_json(self.path / name, content)
+        write_json(self.path / name, content, sort_keys=False)
 
     def save_text(self, name: str, content: str) -> None:
         write_text(self.path / name, content)
