@@ -40,7 +40,7 @@ def test_no_file_and_no_message_of_a_run_has_a_credential(tmp_path, monkeypatch,
     tiny_pipeline().save_pretrained(tmp_path / "base")
     make_teachers(tmp_path)
     (tmp_path / "count.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in PROMPTS["count"]))
-    data = {"path": str(tmp_path / "count.jsonl")}
+    data = {"path": str(tmp_path / "count.jsonl"), "token": SECRET}
     kwargs = {name: value for name, value in PLANTED["model_init_kwargs"].items() if name != "quantization_config"}
     trainer = make_trainer(
         tmp_path,
