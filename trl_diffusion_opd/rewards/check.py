@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ..utils.markdown import table
 from . import REWARDS, load_reward, reward_class
 
 
@@ -216,8 +215,11 @@ def check_rewards(rewards: "Iterable[str | Reward]" = (), device: torch.device |
 
 def as_table(checks: list[Check]) -> str:
     """The checks as a Markdown table."""
-    rows = [[check.name, check.status, check.score, check.expected, check.source] for check in checks]
-    return table(["reward", "status", "score", "expected", "source"], rows)
+    lines = ["| reward | status | score | expected | source |", "|---|---|---|---|---|"]
+    for check in checks:
+        cells = (check.name, check.status, check.score, check.expected, check.source)
+        lines.append("| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
 
 
 def main(names: Iterable[str] = (), check: bool = False, device: str | None = None) -> None:
