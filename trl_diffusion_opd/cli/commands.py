@@ -57,7 +57,7 @@ def push(**arguments) -> None:
     print(push_folder(**arguments))
 
 
-def card(folder: str, repo_id: str | None = None, show: bool = False) -> None:
+def card(folder: str, repo_id: str | None = None, base_model: str | None = None, show: bool = False) -> None:
     from ..publishing.card import render_card
     from ..publishing.record import RunRecord
 
@@ -74,6 +74,8 @@ def card(folder: str, repo_id: str | None = None, show: bool = False) -> None:
             raise ValueError(f"{str(results)!r} is not of this run, whose rewards are not of {unknown}. Remove it.")
     if repo_id is not None:
         record.repo_id, record.name = repo_id, repo_id.rpartition("/")[2]
+    if base_model is not None:
+        record.set_base(base_model)
     rendered = render_card(record)
     if show:
         print(rendered)
@@ -121,6 +123,7 @@ def rewards(**arguments) -> None:
 def _push_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="FOLDER", help="`output_dir` of a run, finished or not, or a checkpoint")
     parser.add_argument("--repo_id", metavar="OWNER/NAME", help="where to; by default where the run was going to push")
+    _base_model_argument(parser)
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument("--revision", help="branch, created if needed; by default that of the run")
     parser.add_argument("--commit_message", metavar="TEXT", help="title of the commit")
@@ -135,7 +138,16 @@ def _push_arguments(parser: argparse.ArgumentParser) -> None:
 def _card_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="FOLDER", help="`output_dir` of a run")
     parser.add_argument("--repo_id", metavar="OWNER/NAME", help="repository to name in it, and to push to by default")
+    _base_model_argument(parser)
     parser.add_argument("--print", dest="show", action="store_true", help="print the card and change no file")
+
+
+def _base_model_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--base_model",
+        metavar="OWNER/NAME[@REVISION]",
+        help="the base on the Hub, for the card of a run that was made with a local folder",
+    )
 
 
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:

@@ -99,7 +99,9 @@ def train(trainer: DiffusionTrainer, script_args: ScriptArguments) -> None:
             print(f"curves   {output_dir / 'curves.png'}")
         print(f'the LoRA pipe.load_lora_weights("{output_dir}", weight_name="pytorch_lora_weights.safetensors")')
     if training_args.push_to_hub:
-        trainer.push_to_hub()
+        commit = trainer.push_to_hub()
+        if main:
+            print(f"pushed   {commit.commit_url}")
 
 
 def _results_of_the_end(trainer: DiffusionTrainer) -> dict[str, Any]:

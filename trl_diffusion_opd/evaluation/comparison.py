@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table that tells whether a training worked: base and student on every task, and where there are teachers these too."""
 
-import json
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 from ..data.rounds import Prompts
 from ..models.sampler import Policy
+from ..utils.serialization import write_json
 from .gains import gains
 from .score import Evaluator
 
@@ -100,6 +100,4 @@ def format_table(results: dict[str, Any]) -> str:
 
 
 def save_results(results: dict[str, Any], folder: str | Path) -> Path:
-    path = Path(folder) / "results.json"
-    path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    return path
+    return write_json(Path(folder) / "results.json", results, sort_keys=False)

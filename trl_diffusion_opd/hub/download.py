@@ -172,7 +172,7 @@ def fetch_checked(call: Callable[[], Path], source: "Source", owner: str, files:
             From what `call` returns to the files to check.
     """
     for _ in range(2):
-        path = retried(call)
+        path = retried(call, f"{owner}: downloading {source}")
         damaged = [file for file in files(path) if is_damaged(file)]
         if not damaged:
             return path

@@ -1,40 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an error of the Hub means, and what is tried again."""
+"""What an error of the Hub means, what is to be done about it, and what is tried again."""
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
+
+from . import waiting
+from .waiting import chain, limit_waits, seconds_asked
 
 
 if TYPE_CHECKING:
     from .locations import Source
 
 T = TypeVar("T")
-_WAITS = (1, 2, 4)  # seconds before the second, third and fourth attempt
-_LONGEST_WAIT = 60  # what a server asks for beyond this is told to the user instead
+PASSING = (408, 409, 412, 429)  # time-outs, somebody else's commit, rate limits; and what is wrong with the server
 
 
 class SourceError(OSError):
     """Something could not be found or fetched; the message names who asked for it and the remedy."""
 
 
-def retried(call: Callable[[], T]) -> T:
+def retried(call: Callable[[], T], what: str = "Asking the Hub", **options) -> T:
     """
     Calls a function again if it fails for a reason that may pass: a server error, a rate limit, a broken connection.
 
     `huggingface_hub` asks again itself for the size and hash of a file, and goes on with a download that broke off; it
     gives up at once on other questions to the Hub, on server errors at the start of a download, and on connections
-    that were reset.
+    that were reset. For `what` and the `options` see [`waiting.retried`].
     """
-    for wait in (*_WAITS, None):
-        try:
-            return call()
-        except Exception as error:
-            asked = _retry_after(error)
-            if wait is None or not _may_pass(error) or asked > _LONGEST_WAIT:
-                raise
-            time.sleep(max(wait, asked))
+    return waiting.retried(call, what, **{"may_pass": _may_pass, **options})
 
 
 @contextmanager
@@ -43,6 +37,7 @@ def hub_errors(source: "Source", owner: str) -> Iterator[None]:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import httpx
 
+    limit_waits()
     try:
         yield
     except SourceError:
@@ -109,32 +104,57 @@ def explain_failure(error: Exception, page: str) -> str | None:
         return f"the connection to {constants.ENDPOINT} broke off. Check the connection and run it again."
     if not isinstance(cause, HfHubHTTPError):
         return None
-    status, seconds = cause.response.status_code, _retry_after(cause)
+    return explain_answer(cause, page)
+
+
+def explain_answer(error: Exception, page: str, *, writing: bool = False) -> str:
+    """
+    What the Hub means by an answer that is an error, and the remedy.
+
+    Args:
+        error ([`~huggingface_hub.errors.HfHubHTTPError`]):
+            The error that was made of the answer.
+        page (`str`):
+            Page of the repository that was asked for.
+        writing (`bool`, *optional*, defaults to `False`):
+            Whether something was to be written.
+    """
+    status = error.response.status_code
+    said = error.server_message or error.response.headers.get("X-Error-Message")
+    answer = f"HTTP {status}, {said!r}" if said and writing else f"HTTP {status}"
     if status == 401:
+        refused = "the Hub" if writing else f"the Hub refused access ({answer}): it"
         return (
-            "the Hub refused access (HTTP 401): it does not know the token. Log in again with `hf auth login` (or set "
-            "HF_TOKEN to a valid token)."
+            f"{refused} does not know the token{f' ({answer})' if writing else ''}. Log in again with `hf auth login` "
+            "(or set HF_TOKEN to a valid token)."
+        )
+    if status == 403 and writing:
+        return (
+            f"the account may not write there ({answer}). Log in with a token that can (`hf auth login`, "
+            "https://huggingface.co/settings/tokens), or choose another `owner/name`."
         )
     if status == 403:
         return (
-            "the Hub refused access (HTTP 403). Log in with `hf auth login` (or set HF_TOKEN) using an account and a "
+            f"the Hub refused access ({answer}). Log in with `hf auth login` (or set HF_TOKEN) using an account and a "
             f"token that can read {page}."
         )
     if status == 404:
-        return f"the Hub does not have it (HTTP 404). Check the spelling at {page}."
-    if status == 429:
-        when = f"in {seconds} seconds" if seconds else "later"
         return (
-            f"the Hub answered with HTTP 429, too many requests. Try again {when}; those who log in (`hf auth login`) "
+            f"the Hub does not have it ({answer}): no such repository, revision or file. Check the spelling at {page}."
+        )
+    if status == 413:
+        return (
+            f"what was sent is too large for the Hub ({answer}). Leave files out or make them smaller: to send the same "
+            "again will not help. Its limits: https://huggingface.co/docs/hub/storage-limits."
+        )
+    seconds = seconds_asked(error)
+    when = f"in {seconds} seconds" if seconds else "later"
+    if status == 429:
+        return (
+            f"the Hub answered with {answer}, too many requests. Try again {when}; those who log in (`hf auth login`) "
             "may ask more often."
         )
-    return f"the Hub answered with HTTP {status}. Try again later."
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
+    return f"the Hub answered with {answer}. Try again {when}."
 
 
 def _hub_cause(error: BaseException) -> BaseException:
@@ -142,7 +162,7 @@ def _hub_cause(error: BaseException) -> BaseException:
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled
     from huggingface_hub.utils import httpx
 
-    for cause in _chain(error):
+    for cause in chain(error):
         if isinstance(cause, (HfHubHTTPError, httpx.TransportError, OfflineModeIsEnabled)):
             if not isinstance(cause, EntryNotFoundError):  # to look for a file that may be absent is no failure
                 return cause
@@ -154,16 +174,9 @@ def _may_pass(error: BaseException) -> bool:
     from huggingface_hub.utils import httpx
 
     # So `huggingface_hub` and `datasets` end after attempts of their own.
-    if any(isinstance(cause, LocalEntryNotFoundError) or type(cause) is ConnectionError for cause in _chain(error)):
+    if any(isinstance(cause, LocalEntryNotFoundError) or type(cause) is ConnectionError for cause in chain(error)):
         return False
     cause = _hub_cause(error)
     if isinstance(cause, HfHubHTTPError):
-        return cause.response.status_code in (408, 429) or cause.response.status_code >= 500
+        return cause.response.status_code in PASSING or cause.response.status_code >= 500
     return isinstance(cause, httpx.TransportError) and not isinstance(cause, httpx.TimeoutException)
-
-
-def _retry_after(error: BaseException) -> int:
-    """The seconds that the server asks to wait, 0 if it does not."""
-    response = getattr(_hub_cause(error), "response", None)
-    value = response.headers.get("Retry-After", "") if response is not None else ""
-    return int(value) if value.isdigit() else 0

@@ -55,7 +55,8 @@ def read_license(origin: Origin, path: str | Path | None = None, token: str | No
 
     Args:
         origin ([`Origin`]):
-            Where the model comes from. For a Hub repository its `README.md` is fetched, at that commit.
+            Where the model comes from. For a Hub repository its `README.md` is fetched, at that commit, unless it is in
+            the folder.
         path (`str` or `Path`, *optional*):
             Its folder, if it is local.
         token (`str`, *optional*):
@@ -68,11 +69,11 @@ def read_license(origin: Origin, path: str | Path | None = None, token: str | No
     if origin.repo_id is None and not (path and (Path(path) / "README.md").is_file()):
         return License()
     try:
-        if origin.repo_id is not None:
+        if path and (Path(path) / "README.md").is_file():
+            file = Path(path) / "README.md"
+        else:
             source = Source(repo_id=origin.repo_id, revision=origin.commit)
             file = fetch(source, "README.md", "license of the base", token=token).path
-        else:
-            file = Path(path) / "README.md"
         data = metadata_load(file) or {}
     except (SourceError, ValueError, yaml.YAMLError) as error:
         logger.warning(f"The license of the base is not known, and the model card will state none: {error}")

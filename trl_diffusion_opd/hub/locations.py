@@ -4,7 +4,7 @@
 import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 
@@ -12,6 +12,10 @@ PEFT_CONFIG_NAME = "adapter_config.json"
 PEFT_WEIGHT_NAME = "adapter_model.safetensors"
 DIFFUSERS_WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 PICKLE_SUFFIXES = (".bin", ".pt", ".ckpt", ".pth", ".pkl")
+# Where `huggingface_hub` keeps the files of a commit.
+_CACHED = re.compile(
+    r"[/\\](model|dataset)s--([\w.-]+?)--([\w.-]+)[/\\]snapshots[/\\]([0-9a-f]{40})(?![^/\\])((?:[/\\].*)?)$"
+)
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,14 @@ class Origin:
 
     @classmethod
     def local(cls, path: str | Path, repo_type: str = "model") -> "Origin":
-        """The origin of a local file or folder."""
+        """The origin of a local file or folder; for one in the cache of the Hub, the repository it was fetched from."""
+        # The links of the cache are not followed: they lead to where nothing tells the repository.
+        if cached := _CACHED.search(os.path.abspath(os.path.expanduser(path))):
+            kind, owner, repo, commit, inside = cached.groups()
+            folder = PurePosixPath(inside.replace("\\", "/").strip("/"))
+            folder = folder.parent if Path(path).expanduser().is_file() else folder
+            name = "/".join([owner, repo, *folder.parts])
+            return cls(name, f"{owner}/{repo}", commit, kind)
         return cls("/".join(Path(path).resolve().parts[1:][-2:]), repo_type=repo_type)
 
     @classmethod
@@ -106,9 +117,10 @@ class Origin:
         name = str(model.config.get("_name_or_path") or "")
         transformer = getattr(model, "transformer", model)
         folder = str(transformer.config.get("_name_or_path") or "")
-        if cached := re.search(r"models--([^/\\]+)--([^/\\]+)[/\\]snapshots[/\\]([0-9a-f]{40})", f"{name} {folder}"):
-            owner, repo, commit = cached.groups()
-            return cls(f"{owner}/{repo}", f"{owner}/{repo}", commit)
+        for place in (name, folder):
+            if _CACHED.search(place):
+                origin = cls.local(place)
+                return cls(origin.repo_id, origin.repo_id, origin.commit)
         if name and Path(name).exists():
             return cls.local(name)
         return cls(name, name) if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else cls(type(model).__name__)

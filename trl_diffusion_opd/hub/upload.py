@@ -1,21 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Upload files to the Hub: who may write where, and what happens if it fails."""
 
-import logging
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .errors import PASSING, explain_answer
+from .waiting import limit_waits, retried
 
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
     from transformers import TrainingArguments
 
-logger = logging.getLogger(__name__)
 _WAITS = (5, 20)  # seconds between the attempts of a push, each of which huggingface_hub retries in its parts
-_PASSING = (408, 409, 412, 429)  # time-outs, somebody else's commit, rate limits; and what is wrong with the server
 
 
 class PushError(OSError):
@@ -122,54 +121,28 @@ def push_files(
             raise ConnectionError(str(error)) from error
 
     with push_errors(repo_id):
-        return _retried(push, f"Pushing to {repo_id!r}")
-
-
-def _retried(action: Callable[[], Any], what: str) -> Any:
-    from huggingface_hub.errors import HTTPError
-
-    for wait in _WAITS:
-        try:
-            return action()
-        except (HTTPError, OSError) as error:
-            if not _may_pass(error):
-                raise
-            logger.warning(f"{what} failed ({_reason(error)}). Trying again in {wait} s.")
-            time.sleep(wait)
-    return action()
+        return retried(push, f"Pushing to {repo_id!r}", may_pass=_may_pass, waits=_WAITS)
 
 
 def _may_pass(error: Exception) -> bool:
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
     if isinstance(error, HfHubHTTPError):
-        return error.response.status_code in _PASSING or error.response.status_code >= 500
-    return not isinstance(error, (LocalTokenNotFoundError, OfflineModeIsEnabled))
+        return error.response.status_code in PASSING or error.response.status_code >= 500
+    return isinstance(error, (HTTPError, OSError)) and not isinstance(
+        error, (LocalTokenNotFoundError, OfflineModeIsEnabled)
+    )
 
 
-def _reason(error: Exception) -> str:
+def _explain(error: Exception, repo_id: str) -> str:
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     if isinstance(error, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set: unset it"
-    if not isinstance(error, HfHubHTTPError):
-        return (
-            f"{constants.ENDPOINT} could not be reached ({type(error).__name__}): check the connection and HF_ENDPOINT"
-        )
-    status = error.response.status_code
-    said = error.server_message or error.response.headers.get("X-Error-Message")
-    said = f"HTTP {status}, {said!r}" if said else f"HTTP {status}"
-    if status == 401:
-        return f"the Hub does not know the token ({said}): log in with `hf auth login`, or set HF_TOKEN"
-    if status == 403:
-        return (
-            f"the account may not write there ({said}): log in with a token that can (`hf auth login`, "
-            "https://huggingface.co/settings/tokens), or choose another `owner/name`"
-        )
-    if status == 404:
-        return f"there is no such repository or revision ({said}): check the spelling"
-    return f"the Hub answered with {said}: try again later"
+        return "HF_HUB_OFFLINE is set. Unset it."
+    if isinstance(error, HfHubHTTPError):
+        return explain_answer(error, f"{constants.ENDPOINT}/{repo_id}", writing=True)
+    return f"{constants.ENDPOINT} could not be reached ({type(error).__name__}). Check the connection and HF_ENDPOINT."
 
 
 @contextmanager
@@ -178,6 +151,7 @@ def push_errors(repo_id: str) -> Iterator[None]:
     from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError
 
     where = f"Cannot push to {repo_id!r}"
+    limit_waits()
     try:
         yield
     except PushError:
@@ -190,6 +164,6 @@ def push_errors(repo_id: str) -> Iterator[None]:
             "(https://huggingface.co/settings/tokens)."
         ) from error
     except (HTTPError, OSError) as error:
-        raise PushError(f"{where}: {_reason(error)}.") from error
+        raise PushError(f"{where}: {_explain(error, repo_id)}") from error
     except ValueError as error:  # the Hub found something wrong with the front matter of the card
         raise PushError(f"{where}: {error}") from error

@@ -16,6 +16,7 @@ from torch import nn
 from ..hub.download import fetch, fetch_checked
 from ..hub.errors import SourceError, hub_errors
 from ..hub.locations import Origin, parse_source
+from ..hub.options import check_init_kwargs
 from ..lora.options import check_options
 from .family import ModelFamily
 from .registry import family_named, family_of
@@ -62,15 +63,23 @@ def check_pipeline(
             )
         source = replace(source, revision=source.revision or kwargs.get("revision"))
         found = fetch(source, INDEX, owner, **_access(kwargs))
-        return Origin.of_source(source, found.commit), _family(found.path, owner)
-    if not source.path.is_dir():
-        raise SourceError(f"{owner}: there is no folder {str(model)!r}. Check the spelling.")
-    if not (source.path / INDEX).is_file():
+        index, commit = found.path, found.commit
+    else:
+        index, commit = _local_index(source.path, owner), None
+    family = _family(index, owner)
+    check_init_kwargs(kwargs, family.pipeline_class, owner=owner)
+    return Origin.of_source(source, commit), family
+
+
+def _local_index(folder: Path, owner: str) -> Path:
+    if not folder.is_dir():
+        raise SourceError(f"{owner}: there is no folder {str(folder)!r}. Check the spelling.")
+    if not (folder / INDEX).is_file():
         raise ValueError(
-            f"`{owner}`: the folder {str(model)!r} has no `{INDEX}`. Pass the folder of a whole pipeline, as "
+            f"`{owner}`: the folder {str(folder)!r} has no `{INDEX}`. Pass the folder of a whole pipeline, as "
             "`pipeline.save_pretrained` writes it."
         )
-    return Origin.of_source(source, None), _family(source.path / INDEX, owner)
+    return folder / INDEX
 
 
 def _family(index: Path, owner: str) -> ModelFamily:
@@ -117,7 +126,8 @@ def load_pipeline(
         chosen = getattr(torch, chosen) if isinstance(chosen, str) else chosen
         dtypes = chosen if isinstance(chosen, dict) else {"default": chosen, "vae": torch.float32}
         kwargs.pop("revision", None)
-        folder = fetch_pipeline(origin, family, kwargs) if origin.repo_id else Path(model).expanduser()
+        local = parse_source(model, kind="model").path  # the cache of the Hub, if `origin` names a repository too
+        folder = local or fetch_pipeline(origin, family, kwargs)
         pipeline = family.pipeline_class.from_pretrained(folder, dtype=dtypes, **kwargs)
         pipeline.register_to_config(_name_or_path=origin.repo_id or str(model))
     if adapters := getattr(pipeline.transformer, "peft_config", None):

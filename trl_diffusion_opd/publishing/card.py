@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model card of a run, rendered from its record alone."""
 
-import math
+import json
 from importlib import resources
 
 import jinja2
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 
 from ..hub.locations import DIFFUSERS_WEIGHT_NAME
+from ..models.registry import DEFAULT_PIPELINE
+from ..utils.markdown import code, escape, fenced
 from . import card_sections as card_parts
-from .card_sections import benchmark_results, benchmark_table
+from .card_sections import benchmark_table
+from .model_index import model_index
 from .record import RunRecord
 
 
@@ -42,15 +45,17 @@ def render_card(
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
     )
+    environment.filters |= {"code": code, "escape": escape, "python": _python}
     template = (resources.files(__package__) / "templates" / "model_card.md").read_text(encoding="utf-8")
     text = environment.from_string(template).render(
         front_matter=front_matter(record, title, _listed(dataset_name), _listed(tags)).to_yaml(),
-        title=title,
+        title=escape(title),
         record=record,
         parts=card_parts,
         benchmarks=benchmark_table(record),
         weight_name=DIFFUSERS_WEIGHT_NAME,
-        settings=yaml.safe_dump(record.settings, allow_unicode=True).strip(),
+        settings=fenced(yaml.safe_dump(record.settings, allow_unicode=True).strip(), "yaml"),
+        pipeline=record.pipeline_class or DEFAULT_PIPELINE,
     )
     return ModelCard(text)
 
@@ -60,7 +65,7 @@ def front_matter(record: RunRecord, title: str, datasets: list[str], tags: list[
     base = record.base.repo_id
     origins = [prompts.origin for prompts in (*record.prompts, *record.eval_prompts)]
     datasets = [*(origin.repo_id for origin in origins if origin.repo_id is not None), *datasets]
-    results = [*eval_results(record), *benchmark_results(record)]
+    results = model_index(record)
     return ModelCardData(
         library_name="diffusers",
         pipeline_tag="text-to-image",
@@ -77,23 +82,9 @@ def front_matter(record: RunRecord, title: str, datasets: list[str], tags: list[
     )
 
 
-def eval_results(record: RunRecord) -> list[EvalResult]:
-    """Scores of this LoRA in the form of the Hub's `model-index`."""
-    prompts = {prompts.task: prompts.origin for prompts in record.eval_prompts}
-    return [
-        EvalResult(
-            task_type="text-to-image",
-            task_name="Text-to-Image",
-            dataset_type=prompts[task].repo_id or card_parts.slug(prompts[task].name),
-            dataset_name=prompts[task].name,
-            dataset_revision=prompts[task].commit,
-            metric_type="+".join(record.reward_names[task]),
-            metric_name=f"mean reward {' + '.join(record.reward_names[task])}",
-            metric_value=round(value, 4),
-        )
-        for task, value in card_parts.student_scores(record).items()
-        if math.isfinite(value)
-    ]
+def _python(text: str) -> str:
+    """A text as Python writes it, between double quotes."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _listed(value: str | list[str] | None) -> list[str]:

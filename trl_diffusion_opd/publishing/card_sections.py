@@ -5,13 +5,14 @@ import math
 import re
 from typing import Any
 
-from huggingface_hub import EvalResult
-
 from ..evaluation.gains import gains
 from ..hub.locations import Origin
 from ..sampling.solvers import SOLVERS
-from ..utils.markdown import enumeration, table
+from ..utils.markdown import code, enumeration, escape, hyperlink, table
 from .record import PromptSet, RunRecord
+
+
+UNIFIED_REWARD = "unifiedreward"  # the reward, and how its scores are called
 
 
 def student_scores(record: RunRecord) -> dict[str, float]:
@@ -42,7 +43,7 @@ def score_table(record: RunRecord) -> str:
     if not scores:
         return ""
     models = {"base": results["base"]} if "base" in results else {}
-    models |= {f"teacher {name}": values for name, values in results.get("teachers", {}).items()}
+    models |= {f"teacher {escape(name)}": values for name, values in results.get("teachers", {}).items()}
     models |= {"plain sum of the teachers' LoRAs": results["merge"]} if "merge" in results else {}
     rows = [[name, *(_score(values[task]) for task in scores)] for name, values in models.items()]
     rows.append(["**this LoRA**", *(f"**{_score(value)}**" for value in scores.values())])
@@ -51,9 +52,9 @@ def score_table(record: RunRecord) -> str:
     if share := shares(record):
         rows.append(["share of the teacher's gain", *(share.get(task, "–") for task in scores)])
     prompts = {prompts.task: prompts for prompts in record.eval_prompts}
-    rows.append(["reward", *(" + ".join(f"`{name}`" for name in record.reward_names[task]) for task in scores)])
+    rows.append(["reward", *(" + ".join(map(code, record.reward_names[task])) for task in scores)])
     rows.append(["images (prompts)", *(_scored(prompts[task]) for task in scores)])
-    return table(["", *scores], rows)
+    return table(["", *map(escape, scores)], rows)
 
 
 def reward_docs(record: RunRecord) -> dict[str, str]:
@@ -71,7 +72,7 @@ def divergence_table(record: RunRecord) -> str:
     """Divergence at the last evaluation from the teachers of the tasks that no reward was measured on."""
     scores = student_scores(record)
     rows = [
-        [prompts.task, f"{record.evaluation[name]:.2e}", _scored(prompts)]
+        [escape(prompts.task), f"{record.evaluation[name]:.2e}", _scored(prompts)]
         for prompts in record.eval_prompts
         if (name := f"eval_kl/{prompts.task}") in record.evaluation and prompts.task not in scores
     ]
@@ -85,13 +86,14 @@ def how_good(record: RunRecord) -> str:
     see = "see [how good it is](#how-good-it-is)"
     if share := shares(record):
         (first, most), *others = share.items()
-        parts = [f"{most} of the teacher's gain over the base on {first}", *(f"{s} on {t}" for t, s in others)]
+        parts = [f"{most} of the teacher's gain over the base on {escape(first)}"]
+        parts += [f"{share} on {escape(task)}" for task, share in others]
         return f"{enumeration(parts)}; {see}"
     base = record.results.get("base", {})
     scores = {task: value for task, value in student_scores(record).items() if task in _trained(record)}
     if scores:
         parts = [
-            f"{_score(value)} on {task}" + (f" (base {_score(base[task])})" if task in base else "")
+            f"{_score(value)} on {escape(task)}" + (f" (base {_score(base[task])})" if task in base else "")
             for task, value in scores.items()
         ]
         return f"mean reward {enumeration(parts)}; {see}"
@@ -113,7 +115,7 @@ def teacher_table(record: RunRecord) -> str:
         ["task", "teacher", "its guidance", "prompts", "evaluation prompts"],
         [
             [
-                teacher.task,
+                escape(teacher.task),
                 link(teacher.origin) + ("" if teacher.is_lora else ", a full model"),
                 f"{teacher.guidance_scale:g}",
                 prompts_of(record.prompts, teacher.task),
@@ -132,8 +134,8 @@ def license(record: RunRecord) -> str:
     """Name of the base's license, as a link where there is one; empty if it is not known."""
     stated = record.base_license
     if stated.id != "other":
-        return stated.id or ""
-    return f"[{stated.name}]({stated.link})" if stated.link else stated.name
+        return escape(stated.id or "")
+    return hyperlink(stated.name, stated.link or "")
 
 
 def made_on(record: RunRecord) -> str:
@@ -160,7 +162,7 @@ def example_prompts(record: RunRecord) -> str:
     """A prompt of each task; empty if none is known."""
     found = {prompts.task: prompts.examples[0] for prompts in record.prompts if prompts.examples}
     found |= {image.task: image.prompt for image in reversed(record.gallery) if image.task}
-    return "; ".join(f"`{_shortened(prompt).replace('`', ' ')}` ({task})" for task, prompt in found.items())
+    return "; ".join(f"{code(_shortened(prompt))} ({escape(task)})" for task, prompt in found.items())
 
 
 def about_gallery(record: RunRecord) -> str:
@@ -185,7 +187,7 @@ def limits(record: RunRecord) -> list[str]:
             "were written to see, and small differences between rows are noise."
         )
         if scores and (unscored := [task for task in tasks if task not in scores]):
-            found.append(f"No reward was measured on {enumeration(unscored)}.")
+            found.append(f"No reward was measured on {enumeration(map(escape, unscored))}.")
     elif record.evaluation:
         found.append(
             "No reward was measured. The divergences tell how closely it follows its teachers, not how good the "
@@ -193,12 +195,26 @@ def limits(record: RunRecord) -> list[str]:
         )
     elif record.rounds:
         found.append("Nothing was evaluated: how good it is, is not known.")
+    if record.has_no_effect:
+        found.append(
+            "**It has no effect: all its weights are zero**, so the images are those of the base. A run that was too "
+            "short for its moving average, or learned from nothing, ends like that."
+        )
+    if any(score.metric_type.startswith(UNIFIED_REWARD) for score in record.benchmarks) or any(
+        UNIFIED_REWARD in name.lower() for names in record.reward_names.values() for name in names
+    ):
+        found.append(
+            "UnifiedReward was asked with an instruction of this package, not with that of its authors: its scores "
+            "compare the rows here, and cannot be compared with published ones."
+        )
     if few := [
-        f"{_num_scored(p)} on {p.task}" for p in record.eval_prompts if p.task in scores and _num_scored(p) < 30
+        f"{_num_scored(p)} on {escape(p.task)}"
+        for p in record.eval_prompts
+        if p.task in scores and _num_scored(p) < 30
     ]:
         found.append(f"Few different prompts were scored: {enumeration(few)}.")
     found += [
-        f"{prompts.num_seen} of the {prompts.num_prompts} evaluation prompts of {prompts.task} were trained on too."
+        f"{prompts.num_seen} of the {prompts.num_prompts} evaluation prompts of {escape(prompts.task)} were trained on too."
         for prompts in record.eval_prompts
         if prompts.num_seen
     ]
@@ -224,10 +240,10 @@ def limits(record: RunRecord) -> list[str]:
 def link(origin: Origin) -> str:
     """A Hub source as a link to its commit, an address as a link, what is local by its name."""
     if origin.url is not None:
-        return f"[{origin.name}]({origin.url})" + (f" at `{origin.commit[:7]}`" if origin.commit else "")
-    if "://" in origin.name:
-        return f"[{'/'.join(origin.name.split('/')[-2:])}]({origin.name})"
-    return origin.name if origin.name == "in memory" else f"`{origin.name}`"
+        return hyperlink(origin.name, origin.url) + (f" at `{origin.commit[:7]}`" if origin.commit else "")
+    if re.match("https?://", origin.name):
+        return hyperlink("/".join(origin.name.split("/")[-2:]), origin.name)
+    return origin.name if origin.name == "in memory" else code(origin.name)
 
 
 def duration(seconds: float) -> str:
@@ -282,24 +298,6 @@ def benchmark_table(record: RunRecord) -> str:
     for score in record.benchmarks:
         images = f"{score.num_images:,}" + (f", {score.num_failed:,} more without a score" if score.num_failed else "")
         others = (f"{score.base[name]:.3f}" if name in score.base else "–" for name in bases)
-        cells = [score.benchmark, score.metric, *others, f"**{score.value:.3f}**"]
+        cells = [escape(score.benchmark), escape(score.metric), *others, f"**{score.value:.3f}**"]
         rows.append([*cells, images, link(score.origin)])
-    return table(["benchmark", "score", *bases, "**this LoRA**", "images", "prompts"], rows)
-
-
-def benchmark_results(record: RunRecord) -> list[EvalResult]:
-    """The scores on benchmarks in the form of the Hub's `model-index`."""
-    return [
-        EvalResult(
-            task_type="text-to-image",
-            task_name="Text-to-Image",
-            dataset_type=score.origin.repo_id or slug(score.origin.name),
-            dataset_name=score.benchmark,
-            dataset_revision=score.origin.commit,
-            metric_type=score.metric_type,
-            metric_name=score.metric,
-            metric_value=round(score.value, 4),
-        )
-        for score in record.benchmarks
-        if math.isfinite(score.value)
-    ]
+    return table(["benchmark", "score", *map(escape, bases), "**this LoRA**", "images", "prompts"], rows)

@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..hub.licenses import License
-from ..hub.locations import Origin
+from ..hub.licenses import License, read_license
+from ..hub.locations import Origin, parse_source
+from ..utils.serialization import write_json
 
 
 RECORD_FILE = "run.json"
@@ -175,6 +176,10 @@ class RunRecord:
             `max_sequence_length`.
         dtype (`str`, *optional*, defaults to `"bfloat16"`):
             Precision to load the pipeline in.
+        pipeline_class (`str`, *optional*):
+            Class of diffusers to load the base with; the first of [`models.registry.FAMILIES`] if it is not set.
+        has_no_effect (`bool`, *optional*, defaults to `False`):
+            Whether the LoRA that was saved changes nothing.
         settings (`dict`, *optional*):
             All settings that differ from the defaults.
         rounds (`int`, *optional*, defaults to `0`):
@@ -239,12 +244,12 @@ class RunRecord:
     paper: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     date: str | None = None
+    pipeline_class: str | None = None
+    has_no_effect: bool = False
 
     def save(self, folder: str | Path) -> Path:
         """Writes `run.json` into a folder."""
-        file = Path(folder) / RECORD_FILE
-        file.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-        return file
+        return write_json(Path(folder) / RECORD_FILE, asdict(self), sort_keys=False)
 
     def drop_missing(self, folder: str | Path) -> None:
         """Forgets the images that a folder, such as a checkpoint, does not have."""
@@ -252,6 +257,29 @@ class RunRecord:
         self.gallery = [image for image in self.gallery if (folder / image.file).is_file()]
         self.grid = self.grid if self.grid and (folder / self.grid).is_file() else None
         self.curves = self.curves if self.curves and (folder / self.curves).is_file() else None
+
+    def set_base(self, base_model: str, token: str | None = None) -> None:
+        """
+        Names the base on the Hub, for a run that was made with a local folder, and reads its license.
+
+        Args:
+            base_model (`str`):
+                `owner/name[@revision]`.
+            token (`str`, *optional*):
+                Token to use instead of the one of `hf auth login` or `HF_TOKEN`.
+
+        Raises:
+            `ValueError`: it is no repository of the Hub.
+        """
+        source = parse_source(base_model, kind="base")
+        if source.repo_id is None or source.subfolder is not None:
+            raise ValueError(
+                f"`base_model` must be a repository of the Hub as `owner/name` or `owner/name@revision`, but is "
+                f"{base_model!r}."
+            )
+        self.base = Origin(str(source), source.repo_id)
+        if self.base_license.id is None:
+            self.base_license = read_license(self.base, token=token)
 
     @classmethod
     def load(cls, folder: str | Path) -> "RunRecord":
@@ -278,6 +306,9 @@ class RunRecord:
             ):
                 content[key] = [item(**{**row, "origin": Origin(**row["origin"])}) for row in content.get(key, [])]
             content["gallery"] = [GalleryImage(**row) for row in content["gallery"]]
-            return cls(**content)
+            record = cls(**content)
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{str(file)!r} is no record of a run that this version reads: {error!r}.") from error
+        if record.pipeline_class is not None and not str(record.pipeline_class).isidentifier():
+            raise ValueError(f"{str(file)!r}: `pipeline_class` is no name of a class: {record.pipeline_class!r}.")
+        return record

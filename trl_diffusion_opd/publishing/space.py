@@ -9,7 +9,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..hub.locations import Source, parse_source
-from ..utils.serialization import is_absolute
+from ..utils.markdown import code, escape, hyperlink, table
+from ..utils.serialization import dump_json, is_absolute
 from .record import RECORD_FILE, RunRecord
 from .space_content import SpaceContent, gather, lora_files, pin_lora
 
@@ -185,12 +186,13 @@ def _render(content: SpaceContent, include_weights: bool) -> dict[str, bytes]:
         )
     limits = LIMITS | {name: max(LIMITS[name], content.defaults[name]) for name in LIMITS.keys() & content.defaults}
     limits["prompt"] = max([LIMITS["prompt"], *(len(text) for texts in content.prompts.values() for text in texts)])
+    base, student, *teachers = places.values()
     demo = {
         "title": content.title,
         "description": content.description,
-        "base": places.pop("base"),
-        "student": places.pop("student"),
-        "teachers": {folder.removeprefix("teachers/"): place for folder, place in places.items()},
+        "base": base,
+        "student": student,
+        "teachers": dict(zip(content.teachers, teachers, strict=True)),
         "prompts": content.prompts,
         "defaults": content.defaults,
         "limits": limits,
@@ -198,7 +200,7 @@ def _render(content: SpaceContent, include_weights: bool) -> dict[str, bytes]:
     }
     files |= {
         "app.py": (template / "app.py").read_bytes(),
-        "demo.json": f"{json.dumps(demo, indent=2, ensure_ascii=False)}\n".encode(),
+        "demo.json": dump_json(demo, sort_keys=False, ensure_ascii=False).encode(),
         "requirements.txt": "".join(
             f"{name}=={_version(name)}\n" for name in (template / "requirements.txt").read_text().split()
         ).encode(),
@@ -233,7 +235,7 @@ def _read(file: Path) -> bytes:
     paths = [name for name, value in content.items() if is_absolute(value)]
     if not paths:
         return file.read_bytes()
-    return json.dumps({name: value for name, value in content.items() if name not in paths}, indent=2).encode()
+    return dump_json({name: value for name, value in content.items() if name not in paths}, sort_keys=False).encode()
 
 
 def _version(name: str) -> str:
@@ -248,12 +250,15 @@ def _card(content: SpaceContent) -> str:
 
     def link(source: Source) -> str:
         if source.path is not None:
-            return f"`{source.path.resolve().name}`"
+            return code(source.path.resolve().name)
         page = f"https://huggingface.co/{source.repo_id}"
-        commit = f" at [`{source.revision[:7]}`]({page}/tree/{source.revision})" if source.revision else ""
-        return f"[{source.repo_id}]({page}){commit}"
+        commit = (
+            f" at {hyperlink(f'`{source.revision[:7]}`', f'{page}/tree/{source.revision}')}" if source.revision else ""
+        )
+        return hyperlink(source.repo_id, page) + commit
 
     count = len(content.teachers)
+    teachers = [[f"teacher of {escape(task)}", link(source)] for task, source in content.teachers.items()]
     hardware = None if content.dtype == "float32" else GPU_HARDWARE
     on_hub = [source.repo_id for source in content.models.values() if source.repo_id is not None]
     data = SpaceCardData(
@@ -275,11 +280,10 @@ def _card(content: SpaceContent) -> str:
         SpaceCard.from_template(
             data,
             template_path=str(_template_folder() / "space_card.md"),
-            title=content.title,
+            title=escape(content.title),
             description=content.description,
-            base=link(content.base),
-            student=link(content.student),
-            teachers={task: link(source) for task, source in content.teachers.items()},
+            models=table(["", ""], [["base", link(content.base)], ["student", link(content.student)], *teachers]),
+            teachers=bool(teachers),
             on_hub=bool(on_hub),
             hardware=hardware,
         )

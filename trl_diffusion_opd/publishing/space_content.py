@@ -2,6 +2,7 @@
 """What the demo of a student shows, gathered from its `run.json` or its card."""
 
 import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,10 @@ from typing import Any
 from ..hub.download import fetch
 from ..hub.errors import SourceError, hub_errors, retried
 from ..hub.locations import DIFFUSERS_WEIGHT_NAME, PEFT_CONFIG_NAME, PEFT_WEIGHT_NAME, Origin, Source, parse_source
+from ..models.registry import DEFAULT_PIPELINE, FAMILIES
 from .record import RECORD_FILE, RunRecord
 
 
-PIPELINE = "StableDiffusion3Pipeline"
 CARD_FILE = "README.md"
 EXAMPLES_PER_TASK = 4
 # For a LoRA that does not say how it is meant to be sampled.
@@ -51,8 +52,18 @@ class SpaceContent:
     @property
     def models(self) -> dict[str, Source]:
         """All models, by what the folder of each is called where it is part of a Space."""
-        teachers = {f"teachers/{task}": source for task, source in self.teachers.items()}
+        folders = {task: f"teachers/{name}" for task, name in _folder_names(list(self.teachers)).items()}
+        teachers = {folders[task]: source for task, source in self.teachers.items()}
         return {"base": self.base, "student": self.student, **teachers}
+
+
+def _folder_names(tasks: list[str]) -> dict[str, str]:
+    """A name for a folder of each task, which may be called anything, such as `../..`."""
+    names: dict[str, str] = {}
+    for index, task in enumerate(tasks):
+        name = re.sub("[^a-zA-Z0-9_-]+", "_", task)[:40]
+        names[task] = f"{name}_{index}" if name in ("", *names.values()) or name != task else name
+    return names
 
 
 def gather(
@@ -168,6 +179,7 @@ def _find_base(
             raise ValueError(
                 f"The base of {str(student)!r} was the local folder {record.base.name!r}. Pass where it is as `base`."
             )
+        _check_pipeline(record.pipeline_class or DEFAULT_PIPELINE, record.base.name)
         return source
     base = base or card.get("base_model")
     if not isinstance(base, str | Path):
@@ -184,10 +196,14 @@ def _find_base(
     else:
         found = fetch(source, "model_index.json", "base", token=token)
         index, commit = found.path, found.commit
-    name = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
-    if name != PIPELINE:
-        raise ValueError(f"`base`: {base} is a {name!r}, and the demo is made for a {PIPELINE!r}.")
+    _check_pipeline(json.loads(index.read_text(encoding="utf-8")).get("_class_name"), base)
     return source if commit is None else replace(source, revision=commit)
+
+
+def _check_pipeline(name: str | None, base: str | Path) -> None:
+    if name not in FAMILIES:
+        known = " or ".join(map(repr, sorted(FAMILIES)))
+        raise ValueError(f"`base`: {base} is a {name!r}, and the demo is made for a {known}.")
 
 
 def _examples(record: RunRecord | None, card: dict[str, Any]) -> dict[str, list[str]]:

@@ -12,6 +12,7 @@ from trl.trainer.base_config import _BaseConfig
 from ..rewards.functions import REWARD_TIMEOUT
 from ..sampling.solvers import SOLVERS, check_solver
 from ..utils.distributed import check_processes
+from ..utils.serialization import public_settings
 from ..utils.settings import AT_LEAST_1, BELOW_1, NOT_NEGATIVE, POSITIVE, Rule, check_kinds, check_rules
 from .trajectory import check_allow_changes
 
@@ -368,19 +369,13 @@ class DiffusionConfig(_BaseConfig):
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings, without any token: loggers send them, and they are saved and uploaded."""
-        return _mask_tokens(super().to_dict())
+        """
+        The settings that may be shown to anybody, since loggers send them and they are saved and uploaded: those of
+        [`public_settings`], and for any other its name alone, as `"<NAME>"`.
+        """
+        settings = super().to_dict()
+        return {name: f"<{name.upper()}>" for name in settings} | public_settings(settings)
 
     def _check(self, name: str, valid: bool, rule: str) -> None:
         if not valid:
             raise ValueError(f"`{name}` must be {rule}, but is {getattr(self, name)!r}.")
-
-
-def _mask_tokens(content: dict[str, Any]) -> dict[str, Any]:
-    def mask(key: str, value: Any) -> Any:
-        if isinstance(value, dict):
-            return _mask_tokens(value)
-        secret = key in ("token", "use_auth_token") or key.endswith("_token")
-        return f"<{key.upper()}>" if secret and value is not None else value
-
-    return {key: mask(key, value) for key, value in content.items()}

@@ -26,7 +26,7 @@ from ..lora.adapters import has_no_effect, load_lora_into, lora_state_dict, save
 from ..publishing.card import render_card
 from ..publishing.push import RAW_WEIGHT_NAME, TRAINING_ARGS_FILE
 from ..utils.files import replace_folder, sync, written_whole
-from ..utils.serialization import dump_json, without_paths
+from ..utils.serialization import without_paths, write_json
 from .checkpoints import (
     CHECKPOINT_STAGING_FOLDER,
     PROVENANCE_FILE,
@@ -204,10 +204,8 @@ class LoraTrainer(PushMixin, _BaseTrainer):
         with self._saving(f"The LoRA of {str(output_dir)!r}"):
             with written_whole(output_dir) as folder:
                 self._save_loras(folder)
-                settings = dump_json(without_paths(self.args.to_dict()))
-                (folder / TRAINING_ARGS_FILE).write_text(settings, encoding="utf-8")
-                provenance = dump_json({**self.provenance, TRAJECTORY_KEY: self.trajectory})
-                (folder / PROVENANCE_FILE).write_text(provenance, encoding="utf-8")
+                write_json(folder / TRAINING_ARGS_FILE, self.args.to_dict())
+                write_json(folder / PROVENANCE_FILE, {**self.provenance, TRAJECTORY_KEY: self.trajectory})
                 if self.run_id:
                     write_run_id(folder, self.run_id)
                 self.make_record().save(folder)

@@ -20,6 +20,7 @@ from ..rewards.functions import RewardFunc
 from ..sampling.denoising import Trajectory
 from ..teachers.config import check_tasks, normalize_teachers
 from ..teachers.loading import fetch_teachers, load_teachers
+from ..utils.markdown import escape
 from .base_trainer import DiffusionTrainer
 from .opd_config import DiffusionOPDConfig
 from .plan import MethodPlan, format_origin
@@ -177,7 +178,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         tasks = list(self.loaded_teachers)
         return {
             "summary": (
-                f"One LoRA for {'the task' if len(tasks) == 1 else f'{len(tasks)} tasks'} ({', '.join(tasks)}), learned "
+                f"One LoRA for {'the task' if len(tasks) == 1 else f'{len(tasks)} tasks'} ({', '.join(map(escape, tasks))}), learned "
                 f"from {'a teacher' if len(tasks) == 1 else 'a teacher for each'}. It was distilled on-policy: the "
                 "student drew images of its own, and at every denoising step the teacher of the image's task "
                 "showed where it would have gone instead."

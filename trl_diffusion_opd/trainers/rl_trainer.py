@@ -22,6 +22,7 @@ from ..data.rounds import TaskBatch
 from ..losses.advantages import group_advantages, prompt_group
 from ..rewards.functions import RewardFunc, check_columns, reward_columns, reward_name, reward_threads
 from ..utils.hardware import on_device
+from ..utils.markdown import escape
 from .base_trainer import DiffusionTrainer
 from .plan import MethodPlan
 from .rl_config import RLConfig
@@ -329,8 +330,8 @@ class RLTrainer(DiffusionTrainer):
                     self.metrics[f"{name}/{task}"].append(total / count)
 
     def describe_rewards(self) -> str:
-        """The tasks and their rewards, in words."""
-        names = {task: "+".join(map(reward_name, funcs)) for task, funcs in self.reward_funcs.items()}
+        """The tasks and their rewards, in words, as Markdown."""
+        names = {escape(task): escape("+".join(map(reward_name, funcs))) for task, funcs in self.reward_funcs.items()}
         return ", ".join(task if task == name else f"{task} (rewarded by {name})" for task, name in names.items())
 
     def check_scored(self, rewards: torch.Tensor) -> None:

@@ -9,13 +9,16 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ..data.rounds import Prompts, num_prompts, spread
+from ..lora.adapters import has_no_effect
 from ..models.loading import STUDENT, default_lora
 from ..publishing.card_sections import link
 from ..publishing.record import PromptSet, RunRecord
 from ..rewards.functions import reward_name
 from ..utils.hardware import device_name
-from ..utils.serialization import is_absolute
+from ..utils.serialization import public_settings
 from .base_config import DiffusionConfig
 
 
@@ -33,6 +36,8 @@ _NOT_SETTINGS = tuple(
 )
 # Settings that the config class itself fills in or consumes.
 _RESOLVED = ("bf16", "activation_checkpointing", "gradient_checkpointing", "accelerator_config", "do_eval")
+# Fields of a LoRA's config that say where it was made, or that are for PEFT's own use.
+_NOT_LORA_SETTINGS = ("base_model_name_or_path", "auto_mapping", "runtime_config")
 _NUM_EXAMPLES = 2
 
 
@@ -81,8 +86,16 @@ def record_run(trainer: "DiffusionTrainer") -> RunRecord:
         paper=trainer._paper,
         versions=library_versions(),
         date=date.today().isoformat(),
+        has_no_effect=state.global_step > 0 and has_no_effect(_saved_weights(trainer)),
         **described,
     )
+
+
+def _saved_weights(trainer: "DiffusionTrainer") -> dict[str, torch.Tensor]:
+    """The student's weights as they are saved: the moving average if there is one."""
+    parameters = {name: p for name, p in trainer.transformer.named_parameters() if f".{STUDENT}." in name}
+    weights = parameters if trainer.ema is None else trainer.ema.state_dict()
+    return {name.replace(f".{STUDENT}.", "."): tensor for name, tensor in weights.items()}
 
 
 def resume_record(trainer: "DiffusionTrainer", checkpoint: str | Path) -> None:
@@ -102,28 +115,14 @@ def changed_settings(args: "TrainingArguments") -> dict[str, Any]:
         return f.default if f.default is not MISSING else f.default_factory() if callable(f.default_factory) else None
 
     defaults = {f.name: default(f) for f in (*fields(args), *fields(DiffusionConfig))}
-    changed = {
+    return {
         name: value
-        for name, value in args.to_dict().items()
+        for name, value in public_settings(args.to_dict()).items()
         if value != defaults[name]
-        and not (value in ([], {}) and not defaults[name])  # filled in by the config class
+        and not (value in ([], {}) and not defaults[name])  # filled in by the config class, or not to be shown
         and name not in _RESOLVED
         and not name.startswith(_NOT_SETTINGS)
     }
-    return without_secrets(changed)
-
-
-def without_secrets(content: Any) -> Any:
-    """Settings without what is only of this machine (absolute paths, caches) and without tokens."""
-    if isinstance(content, dict):
-        return {
-            key: without_secrets(value)
-            for key, value in content.items()
-            if "token" not in str(key) and key != "cache_dir" and not is_absolute(value)
-        }
-    if isinstance(content, list):
-        return [without_secrets(value) for value in content if not is_absolute(value)]
-    return content
 
 
 def lora_settings(config: "LoraConfig") -> dict[str, Any]:
@@ -136,7 +135,7 @@ def lora_settings(config: "LoraConfig") -> dict[str, Any]:
         "lora_target_modules": targets if isinstance(targets, str) else sorted(targets),
     }
     for name, value in ours.items():
-        if name not in ("r", "lora_alpha", "target_modules") and value != default[name]:
+        if name not in ("r", "lora_alpha", "target_modules", *_NOT_LORA_SETTINGS) and value != default[name]:
             settings[name if name.startswith("lora_") else f"lora_{name}"] = (
                 sorted(value) if isinstance(value, set) else value
             )

@@ -112,6 +112,7 @@ def test_from_hub_teachers_to_a_hub_student_and_its_space(hub, tmp_path):
 
     # What is on the Hub names the commits that it was made from.
     files = hub.files("me/student")
+    assert f"pushed   {hub.endpoint}/me/student/commit/{hub.commits('me/student')[0][0]}" in done.stdout
     record = json.loads(files["run.json"])
     heads = {repo: hub.commits(repo, kind)[0][0] for repo, kind in (("me/base", "model"), ("me/teachers", "model"))}
     heads["me/prompts"] = hub.commits("me/prompts", "dataset")[0][0]

@@ -12,6 +12,7 @@ import PIL.Image
 import torch
 
 from ...utils.figures import to_pil
+from ...utils.serialization import write_json, write_text
 
 
 # Where something came from is not what it is: a folder may be moved.
@@ -86,7 +87,7 @@ class ResultsFolder:
         return self.path / "prompts" / f"{benchmark}.jsonl"
 
     def save_prompts(self, benchmark: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        _write(self.prompts_file(benchmark), "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows))
+        write_text(self.prompts_file(benchmark), "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows))
 
     def load_prompts(self, benchmark: str) -> list[dict[str, Any]]:
         # Not `splitlines`, which takes other characters of Unicode for ends of lines too.
@@ -119,17 +120,10 @@ class ResultsFolder:
         return merged
 
     def save_json(self, name: str, content: Any) -> None:
-        _write(self.path / name, json.dumps(content, indent=2) + "\n")
+        write_json(self.path / name, content, sort_keys=False)
 
     def save_text(self, name: str, content: str) -> None:
-        _write(self.path / name, content)
-
-
-def _write(file: Path, content: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{file.name}.part")
-    part.write_text(content, encoding="utf-8")
-    part.replace(file)
+        write_text(self.path / name, content)
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> Iterator[str]:

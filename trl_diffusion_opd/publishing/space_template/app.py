@@ -19,7 +19,7 @@ except ImportError:
 
 import gradio as gr
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from PIL import Image
@@ -41,7 +41,7 @@ class ModelProblem(Exception):
     """A model cannot be loaded; the message says what to do."""
 
 
-def load_models() -> StableDiffusion3Pipeline:
+def load_models() -> DiffusionPipeline:
     """Loads the base with the student and every teacher as adapters."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, DEMO["dtype"]) if device == "cuda" else torch.float32
@@ -51,9 +51,7 @@ def load_models() -> StableDiffusion3Pipeline:
         fetch(name, lambda: hf_hub_download(name, "model_index.json", revision=revision))
     pipe = fetch(
         name,
-        lambda: StableDiffusion3Pipeline.from_pretrained(
-            local if local.is_dir() else name, revision=revision, dtype=dtype
-        ),
+        lambda: DiffusionPipeline.from_pretrained(local if local.is_dir() else name, revision=revision, dtype=dtype),
     )
     pipe.set_progress_bar_config(disable=True)
     load_lora(pipe, DEMO["student"], "student")
@@ -62,7 +60,7 @@ def load_models() -> StableDiffusion3Pipeline:
     return pipe.to(device)
 
 
-def load_lora(pipe: StableDiffusion3Pipeline, lora: dict, adapter: str) -> None:
+def load_lora(pipe: DiffusionPipeline, lora: dict, adapter: str) -> None:
     """Adds a LoRA in the format of diffusers or of PEFT to the pipeline."""
     names = [lora["weight_name"]] if lora.get("weight_name") else ["pytorch_lora_weights.safetensors"]
     names += ["adapter_model.safetensors", "adapter_config.json"]
@@ -133,7 +131,7 @@ def draw(
             else:
                 PIPE.set_adapters([adapter], [strength])
             output = PIPE(
-                prompt,
+                prompt=prompt,
                 num_inference_steps=steps,
                 guidance_scale=guidance,
                 generator=torch.Generator("cpu").manual_seed(seed),

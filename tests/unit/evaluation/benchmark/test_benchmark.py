@@ -30,6 +30,7 @@ from tests.support.hub_server import ROOT, HubServer, run
 from tests.support.tiny import random_lora, save_diffusers_lora
 from trl_diffusion_opd.evaluation.benchmark.folder import ResultsFolder
 from trl_diffusion_opd.evaluation.benchmark.suites import image_seed, positions
+from trl_diffusion_opd.hub.locations import Origin
 from trl_diffusion_opd.lora.convert import convert_lora
 from trl_diffusion_opd.lora.files import read_lora
 from trl_diffusion_opd.publishing.benchmarks import benchmark_scores
@@ -358,7 +359,11 @@ def test_scores_go_on_the_card(world, whole, process, tmp_path):
     assert "| benchmark | score | base, guidance 1 | base, guidance 3 | **this LoRA** | images | prompts |" in card
     assert f"| words | brightness | {base} | **{score.value:.3f}** | 5 |" in card
     assert "On benchmarks, with 3 steps at 16 px, guidance 2:" in card
+    # Five images of prompts on this machine are nothing to compare models by.
     results = render_card(record).data.eval_results
+    assert {result.dataset_type for result in results} == {"me/held"} and len(results) == 2
+    public = replace(score, origin=Origin("me/words", "me/words", repo_type="dataset"), num_images=30)
+    results = render_card(replace(record, benchmarks=[public])).data.eval_results
     assert [
         (result.dataset_name, result.metric_value) for result in results if result.metric_name == "brightness"
     ] == [("words", round(score.value, 4))]
