@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 
-from trl_diffusion_opd.sampling.denoising import make_schedule
+from trl_diffusion_opd.sampling.denoising import denoise, make_schedule
 from trl_diffusion_opd.sampling.schedulers import check_scheduler
 from trl_diffusion_opd.sampling.solvers import SOLVERS
 from trl_diffusion_opd.sampling.transitions import draw_noise, transition
@@ -53,6 +53,16 @@ def test_log_probabilities_have_the_precision_of_the_mean():
     x = torch.ones(1, 4)
     step = transition("flow", x, x, 0.8, 0.7, noise_level=0.7, sigma_max=0.96)
     assert step.log_prob(torch.zeros(1, 4, dtype=torch.float64)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_a_state_that_is_set_by_hand_does_not_change_the_precision(dtype):
+    x, schedule = torch.ones(1, 2, 2, 2), make_schedule(FlowMatchEulerDiscreteScheduler(shift=3.0), 3)
+    seen = []
+    for step in denoise(lambda sample, index: torch.zeros_like(sample), x, schedule):
+        seen.append(step.sample.dtype)
+        step.next_sample = step.next_sample.to(dtype)
+    assert seen == [torch.float32] * 3
 
 
 @pytest.mark.parametrize("seeded", [False, True])
