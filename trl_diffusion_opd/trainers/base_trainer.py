@@ -47,7 +47,6 @@ from .checks import check_family_settings
 from .disk import check_disk
 from .lora_trainer import LoraTrainer
 from .optimizers import make_optimizers
-from .output_dir import check_output_dir
 from .plan import MethodPlan
 from .round_metrics import RoundMetrics
 from .run_record import record_run, resume_record
@@ -82,9 +81,7 @@ class DiffusionTrainer(LoraTrainer):
                 f"One process sees {args.n_gpu} GPUs, which `torch.nn.DataParallel` would share. Start one process per "
                 "GPU with `accelerate launch`, or show it one GPU with `CUDA_VISIBLE_DEVICES=0`."
             )
-        # Where to write and to push, tasks and prompts: checked before anything large is loaded
-        if args.should_save:
-            check_output_dir(args.output_dir)
+        # Where to push, tasks and prompts: checked before anything large is loaded
         if args.push_to_hub and args.process_index == 0:
             args.hub_model_id = check_destination(args)
         self.base_origin, self.family = check_pipeline(model, args.model_init_kwargs)

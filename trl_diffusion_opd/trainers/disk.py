@@ -72,26 +72,6 @@ def check_disk(trainer: "DiffusionTrainer") -> None:
         )
 
 
-def check_output_dir(output_dir: str | Path) -> None:
-    """
-    Creates a folder, and a file in it for a moment.
-
-    Raises:
-        `OSError`: that is not possible; the message says why and what to do.
-    """
-    folder = Path(output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b"\0" * 4096)
-            file.flush()
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise OSError(
-            f"`output_dir` {str(output_dir)!r} cannot be written to: {reason}. Choose another one, or make room for it."
-        ) from error
-
-
 def save_elsewhere(output_dir: str | Path, save: Callable[[Path], None]) -> str:
     """
     Saves something that could not be saved into a folder: beside it, or else among the temporary files.

@@ -41,7 +41,8 @@ from .checkpoints import (
     read_step,
     write_run_id,
 )
-from .disk import SaveError, check_output_dir, save_elsewhere
+from .disk import SaveError, save_elsewhere
+from .output_dir import check_output_dir
 from .pushing import PushMixin
 from .run_lock import holding
 from .trajectory import TRAJECTORY_KEY, check_trajectory, describe_trajectory, tell_changes

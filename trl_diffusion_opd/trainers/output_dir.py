@@ -20,7 +20,8 @@ def check_output_dir(folder: str | Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path) as file:
-            file.write(b"0")
+            file.write(b"\0" * 4096)
+            file.flush()
     except OSError as error:
         if path.is_symlink() and not path.exists():
             reason = "it is a link to nothing"

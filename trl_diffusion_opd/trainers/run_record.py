@@ -69,6 +69,7 @@ def record_run(trainer: "DiffusionTrainer") -> RunRecord:
             "num_inference_steps": len(trainer.eval_schedule),
             **trainer.family.call_arguments(trainer.student_policy.guidance_scale, args.max_sequence_length),
         },
+        pipeline_class=trainer.family.pipeline_class.__name__,
         dtype="bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
         settings={**changed_settings(args), **lora_settings(trainer.transformer.peft_config[STUDENT])},
         rounds=state.global_step,

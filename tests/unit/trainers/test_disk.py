@@ -9,7 +9,8 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.support.runs import SAVING_RUN, make_trainer, student_state
-from trl_diffusion_opd.trainers.disk import SaveError, check_output_dir, checkpoint_bytes, lora_bytes, num_checkpoints
+from trl_diffusion_opd.trainers.disk import SaveError, checkpoint_bytes, lora_bytes, num_checkpoints
+from trl_diffusion_opd.trainers.output_dir import check_output_dir
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,9 @@ def test_a_disk_that_is_too_small_is_refused_before_training(tmp_path, monkeypat
 
 def test_a_folder_that_cannot_be_written_to_is_refused_at_start_up(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="`output_dir` '.*file' cannot be written to: File exists. Choose another one"):
+    with pytest.raises(
+        OSError, match="`output_dir` '.*file' cannot be written to: it is a file. Choose another folder"
+    ):
         check_output_dir(tmp_path / "file")
     with pytest.raises(OSError, match="cannot be written to: Not a directory"):
         check_output_dir(tmp_path / "file" / "out")
