@@ -46,8 +46,8 @@ from .callbacks import (
 from .checks import check_family_settings
 from .disk import check_disk
 from .lora_trainer import LoraTrainer
+from .method_plan import MethodPlan
 from .optimizers import make_optimizers
-from .plan import MethodPlan
 from .round_metrics import RoundMetrics
 from .run_record import record_run, resume_record
 
@@ -262,6 +262,16 @@ class DiffusionTrainer(LoraTrainer):
     def student_policy(self) -> Policy:
         scale = self.args.eval_guidance_scale
         return Policy("student", self.args.guidance_scale if scale is None else scale, (STUDENT,))
+
+    @property
+    def tags(self) -> list[str]:
+        """Tags of the method on a card."""
+        return self._tag_names
+
+    @property
+    def paper(self) -> dict[str, str]:
+        """Title, id and citation of the method."""
+        return self._paper
 
     @property
     def provenance(self) -> dict[str, Any]:

@@ -6,61 +6,72 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
+from torch import nn
+from transformers import TrainingArguments
+
+from ..lora.ema import StudentEMA
 from ..utils.files import written_whole
 from ..utils.hardware import format_bytes
 from .checkpoints import list_checkpoints
-
-
-if TYPE_CHECKING:
-    from .base_trainer import DiffusionTrainer
 
 
 class SaveError(OSError):
     """Something of a run could not be written. The message says where the LoRA was saved instead."""
 
 
-def lora_bytes(trainer: "DiffusionTrainer") -> int:
+class SavedRun(Protocol):
+    """What has to be known of a run to tell how much it is going to write."""
+
+    args: TrainingArguments
+    transformer: nn.Module  # with the student's LoRA as its trainable parameters
+    ema: StudentEMA | None
+    num_kept_policies: int  # LoRAs in a checkpoint beside the student and its average
+    planned_steps: int
+    first_step: int
+
+
+def lora_bytes(run: SavedRun) -> int:
     """Size of the student's LoRA, with its average if there is one."""
-    count = sum(parameter.numel() for parameter in trainer.transformer.parameters() if parameter.requires_grad)
-    return 4 * count * (2 if trainer.ema is not None else 1)
+    count = sum(parameter.numel() for parameter in run.transformer.parameters() if parameter.requires_grad)
+    return 4 * count * (2 if run.ema is not None else 1)
 
 
-def checkpoint_bytes(trainer: "DiffusionTrainer") -> int:
+def checkpoint_bytes(run: SavedRun) -> int:
     """Size of a checkpoint: weights, their average, two moments of AdamW, and what else the method keeps."""
-    count = sum(parameter.numel() for parameter in trainer.transformer.parameters() if parameter.requires_grad)
-    return lora_bytes(trainer) + 4 * count * (2 + trainer.num_kept_policies)
+    count = sum(parameter.numel() for parameter in run.transformer.parameters() if parameter.requires_grad)
+    return lora_bytes(run) + 4 * count * (2 + run.num_kept_policies)
 
 
-def num_checkpoints(trainer: "DiffusionTrainer") -> int:
+def num_checkpoints(run: SavedRun) -> int:
     """How many checkpoints a run adds to those in its folder at most, before `save_total_limit` has old ones removed."""
-    args = trainer.args
-    steps = max(0, trainer.planned_steps - trainer.first_step)
+    args = run.args
+    steps = max(0, run.planned_steps - run.first_step)
     intervals = {"steps": args.save_steps, "best": args.eval_steps or args.logging_steps}
     strategy = str(getattr(args.save_strategy, "value", args.save_strategy))
     if strategy == "no":
         return 0
-    interval = intervals.get(strategy, trainer.planned_steps / max(1, math.ceil(args.num_train_epochs)))
+    interval = intervals.get(strategy, run.planned_steps / max(1, math.ceil(args.num_train_epochs)))
     if strategy == "steps" and interval < 1:  # a share of the run
-        interval = max(1, math.ceil(interval * trainer.planned_steps))
+        interval = max(1, math.ceil(interval * run.planned_steps))
     number = math.ceil(steps / max(1, interval))
     if args.save_total_limit:
-        there = len(list_checkpoints(args.output_dir)) if trainer.first_step else 0
+        there = len(list_checkpoints(args.output_dir)) if run.first_step else 0
         number = min(number, max(1, args.save_total_limit + 1 - there))
     return number
 
 
-def check_disk(trainer: "DiffusionTrainer") -> None:
+def check_disk(run: SavedRun) -> None:
     """
     Raises an `OSError` if the output folder's disk cannot hold what the run is going to write: all of its checkpoints, or
     with `save_total_limit` that many and the one being written, and the LoRA.
     """
-    args = trainer.args
+    args = run.args
     if not args.should_save:  # the other processes write next to nothing
         return
-    number = num_checkpoints(trainer)
-    needed = checkpoint_bytes(trainer) * number + lora_bytes(trainer)
+    number = num_checkpoints(run)
+    needed = checkpoint_bytes(run) * number + lora_bytes(run)
     free = shutil.disk_usage(Path(args.output_dir)).free
     if free < needed:
         need = f"checkpoints need {format_bytes(needed)} ({number} of them and the LoRA)"

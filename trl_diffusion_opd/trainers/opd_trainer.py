@@ -22,8 +22,8 @@ from ..teachers.config import check_tasks, normalize_teachers
 from ..teachers.loading import fetch_teachers, load_teachers
 from ..utils.markdown import escape
 from .base_trainer import DiffusionTrainer
+from .method_plan import MethodPlan, format_origin
 from .opd_config import DiffusionOPDConfig
-from .plan import MethodPlan, format_origin
 
 
 class DiffusionOPDTrainer(DiffusionTrainer):

@@ -2,46 +2,19 @@
 """Summary of a run, printed by `--dry_run`."""
 
 import math
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from torch import nn
 
 from ..data.rounds import Prompts, num_prompts
-from ..hub.locations import Origin
 from ..models.family import PIXELS_AT_ONCE
 from ..rewards.base import Reward
 from ..utils.hardware import format_bytes
+from .base_trainer import DiffusionTrainer
 from .disk import checkpoint_bytes
+from .method_plan import format_origin
 
 
-if TYPE_CHECKING:
-    from .base_trainer import DiffusionTrainer
-
-
-@dataclass
-class MethodPlan:
-    """
-    What a method adds to the plan of a run.
-
-    Args:
-        objective (`str`):
-            What is trained, in a few words.
-        tasks (`dict[str, str]`):
-            What each task is learned from.
-        lines (`dict[str, str]`, *optional*):
-            More lines by their titles.
-        memory (`dict[str, int]`, *optional*):
-            Bytes that it keeps on the training device during rounds.
-    """
-
-    objective: str
-    tasks: dict[str, str]
-    lines: dict[str, str] = field(default_factory=dict)
-    memory: dict[str, int] = field(default_factory=dict)
-
-
-def describe_plan(trainer: "DiffusionTrainer") -> str:
+def describe_plan(trainer: DiffusionTrainer) -> str:
     """Tasks, what they are learned from, rounds and an estimate of the memory, as text."""
     args, rounds_of, family, pipe = trainer.args, trainer.rounds, trainer.family, trainer.pipeline
     rounds = args.max_steps
@@ -90,17 +63,12 @@ def describe_plan(trainer: "DiffusionTrainer") -> str:
     return "\n".join(lines)
 
 
-def format_origin(origin: Origin) -> str:
-    """Name and commit of a model, in short."""
-    return origin.name + (f" ({origin.commit[:7]})" if origin.commit else "")
-
-
 def _amount(data: Prompts) -> str:
     total = num_prompts(data)
     return "streamed" if total is None else f"{total:,}"
 
 
-def memory_estimate(trainer: "DiffusionTrainer") -> dict[str, int]:
+def memory_estimate(trainer: DiffusionTrainer) -> dict[str, int]:
     """
     Bytes on the training device during rounds. Weights and optimizer state are exact; activations are estimated as
     what the transformer's blocks keep for the backward (`states_per_block` hidden states each, or one with activation
@@ -125,7 +93,7 @@ def memory_estimate(trainer: "DiffusionTrainer") -> dict[str, int]:
     }
 
 
-def _trainable(trainer: "DiffusionTrainer") -> list[nn.Parameter]:
+def _trainable(trainer: DiffusionTrainer) -> list[nn.Parameter]:
     return [parameter for parameter in trainer.transformer.parameters() if parameter.requires_grad]
 
 
@@ -133,7 +101,7 @@ def _count(parameters: list[nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
 
-def _text_encoders(trainer: "DiffusionTrainer") -> list[nn.Module]:
+def _text_encoders(trainer: DiffusionTrainer) -> list[nn.Module]:
     encoders = (getattr(trainer.pipeline, name) for name in trainer.family.text_encoders)
     return [encoder for encoder in encoders if encoder is not None]
 

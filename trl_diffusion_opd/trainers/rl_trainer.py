@@ -24,7 +24,7 @@ from ..rewards.functions import RewardFunc, check_columns, reward_columns, rewar
 from ..utils.hardware import on_device
 from ..utils.markdown import escape
 from .base_trainer import DiffusionTrainer
-from .plan import MethodPlan
+from .method_plan import MethodPlan
 from .rl_config import RLConfig
 
 

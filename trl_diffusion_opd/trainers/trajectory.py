@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -16,9 +16,6 @@ from ..publishing.push import TRAINING_ARGS_FILE
 from ..utils.serialization import dump_json
 from .checkpoints import PROVENANCE_FILE, ResumeError, read_json
 
-
-if TYPE_CHECKING:
-    from .base_config import DiffusionConfig
 
 logger = logging.getLogger(__name__)
 # Beside our own settings, of which only these may change: what is checked in other ways, and what no sample depends on.
@@ -35,14 +32,14 @@ TRAJECTORY_KEY = "trajectory"  # in the provenance
 _ROUND, _PROMPTS = "images_per_round", "prompts"
 
 
-def defining_settings(config: type["DiffusionConfig"]) -> list[str]:
+def defining_settings(config: type[TrainingArguments]) -> list[str]:
     """The settings that define the course of a run: ours, with those of the method, and a few of transformers'."""
     theirs = {field.name for field in fields(TrainingArguments)}
     ours = [field.name for field in fields(config) if field.name not in theirs and field.name not in _FREE]
     return [*_DEFINING, *(name for name in ours if not name.startswith("eval_"))]
 
 
-def check_allow_changes(args: "DiffusionConfig") -> None:
+def check_allow_changes(args: TrainingArguments) -> None:
     """Raises a `ValueError` if `allow_changes` names what is not checked when a run is resumed."""
     known = [*defining_settings(type(args)), _ROUND, _PROMPTS]
     names = args.allow_changes or []
@@ -51,7 +48,7 @@ def check_allow_changes(args: "DiffusionConfig") -> None:
         raise ValueError(f"`allow_changes` must be a list of names out of {', '.join(known)}, but holds {wrong!r}.")
 
 
-def describe_trajectory(datasets: Mapping[str, Prompts], args: "DiffusionConfig") -> dict[str, Any]:
+def describe_trajectory(datasets: Mapping[str, Prompts], args: TrainingArguments) -> dict[str, Any]:
     """
     What defines the course of a run, to be kept in each checkpoint.
 
