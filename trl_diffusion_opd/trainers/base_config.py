@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The settings that all trainers of a LoRA diffusion student share."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +13,7 @@ from ..sampling.solvers import SOLVERS, check_solver
 from ..utils.distributed import check_processes
 from ..utils.serialization import public_settings
 from ..utils.settings import AT_LEAST_1, BELOW_1, NOT_NEGATIVE, POSITIVE, Rule, check_kinds, check_rules
+from .supported import check_supported, check_task_weights
 from .trajectory import check_allow_changes
 
 
@@ -321,23 +321,7 @@ class DiffusionConfig(_BaseConfig):
     def __post_init__(self):
         check_kinds(self)
         check_rules(self, self._rules)
-        # `accelerate launch` tells of them by the environment, the command line by fields
-        sharded = [flag for flag in ("DEEPSPEED", "FSDP") if os.environ.get(f"ACCELERATE_USE_{flag}") == "true"]
-        if self.deepspeed or self.fsdp or sharded:
-            raise ValueError(
-                "DeepSpeed and FSDP are not supported: the student is a LoRA, whose optimizer state is small. Launch "
-                "with plain data parallelism (`accelerate launch --multi_gpu`)."
-            )
-        if self.auto_find_batch_size:
-            raise ValueError(
-                "`auto_find_batch_size` is not supported: the samples of a round follow from "
-                "`per_device_train_batch_size`. Lower it, and raise `gradient_accumulation_steps` for the same rounds."
-            )
-        if self.bf16_full_eval or self.fp16_full_eval:
-            raise ValueError(
-                "`bf16_full_eval` and `fp16_full_eval` are not supported: evaluation runs in the precision of training. "
-                "Set `bf16` or `fp16`."
-            )
+        check_supported(self)
         if self.bf16 is None:  # the TRL default, True, is an error on a machine without bfloat16
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         if self.activation_checkpointing is None and self.gradient_checkpointing is None:
@@ -361,12 +345,7 @@ class DiffusionConfig(_BaseConfig):
         for name in ("task_weights", "model_init_kwargs"):
             value = getattr(self, name)
             self._check(name, value is None or isinstance(value, Mapping), "a mapping (JSON on the command line)")
-        for task, weight in (self.task_weights or {}).items():
-            if isinstance(weight, bool) or not isinstance(weight, int) or weight < 1:
-                raise ValueError(
-                    f"`task_weights[{task!r}]` must be a whole number of batches, at least 1, but is {weight!r}. "
-                    "Scale the weights up to whole numbers, or leave the task out of the run."
-                )
+        check_task_weights(self.task_weights or {})
 
     def to_dict(self) -> dict[str, Any]:
         """

@@ -17,8 +17,9 @@ from ..losses.grpo import is_clipped, log_ratio, mean_shift, reference_divergenc
 from ..models.loading import STUDENT
 from ..models.sampler import Policy
 from ..rewards.functions import RewardFunc
+from .experience import Experience, zero_unselected
 from .grpo_config import FlowGRPOConfig
-from .rl_trainer import Experience, RLTrainer, zero_unselected
+from .rl_trainer import RLTrainer
 
 
 _GUARD_PAPER = {

@@ -13,8 +13,9 @@ from ..lora.files import LoraWeights
 from ..losses.nft import nft_losses, noised, old_policy_decay, optimality_probability
 from ..models.loading import STUDENT
 from ..models.sampler import Policy
+from .experience import Experience, zero_unselected
 from .nft_config import DiffusionNFTConfig
-from .rl_trainer import Experience, RLTrainer, zero_unselected
+from .rl_trainer import RLTrainer
 
 
 OLD = "old"

@@ -5,7 +5,6 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from ..rewards.functions import RewardFunc, check_columns, reward_columns, rewar
 from ..utils.hardware import on_device
 from ..utils.markdown import escape
 from .base_trainer import DiffusionTrainer
+from .experience import Experience
 from .method_plan import MethodPlan
 from .rl_config import RLConfig
 
@@ -33,31 +33,6 @@ _MAX_UNSCORED_ROLLOUTS = 3
 
 class UnscoredError(RuntimeError):
     """Every reward failed, rollout after rollout, so that nothing can be learned."""
-
-
-@dataclass
-class Experience:
-    """
-    Images of a rollout that are trained on together.
-
-    Args:
-        batch ([`TaskBatch`]):
-            Their task, prompts and seeds.
-        trajectory (`Any`):
-            What the method keeps of how they were drawn.
-        rewards (`dict[str, list[float]]`):
-            `reward`, and with several reward functions each of them; NaN where one failed.
-        advantages (`torch.Tensor`):
-            Of shape `[B]`.
-        taken (`torch.Tensor`):
-            Which of them are learned from; boolean, of shape `[B]`.
-    """
-
-    batch: TaskBatch
-    trajectory: Any
-    rewards: dict[str, list[float]] | None = None
-    advantages: torch.Tensor | None = None
-    taken: torch.Tensor | None = None
 
 
 class RLTrainer(DiffusionTrainer):
@@ -358,11 +333,3 @@ class RLTrainer(DiffusionTrainer):
                 f"The loss of round {self.state.global_step} is {mean.item()}. Nothing was updated and the last "
                 "checkpoint is intact. Lower `learning_rate`, or train in bf16 or fp32 instead of fp16."
             )
-
-
-def zero_unselected(taken: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """
-    What was kept of images, `[B, ...]`, 0 for those that are not learned from: in the backward their NaN would be NaN
-    even with a weight of 0. The batch keeps its size, on which rounding depends.
-    """
-    return torch.where(taken.view(-1, *[1] * (kept.ndim - 1)), kept, 0.0)
