@@ -150,7 +150,7 @@ class DiffusionConfig(_BaseConfig):
         "seed": Rule(lambda value: 0 <= value < 2**32, "from 0 to 4294967295"),
         "num_inference_steps": AT_LEAST_1,
         "guidance_scale": NOT_NEGATIVE,
-        "max_sequence_length": Rule(lambda value: 1 <= value <= 512, "from 1 to 512"),
+        "max_sequence_length": AT_LEAST_1,
         "prompt_cache_size": AT_LEAST_1,
         "prompt_batch_size": AT_LEAST_1,
         "ema_decay": Rule(lambda value: 0 < value < 1, "between 0 and 1 (or unset)"),

@@ -35,6 +35,7 @@ from .disk import check_disk
 from .evaluating_trainer import EvaluatingTrainer
 from .method_plan import MethodPlan
 from .optimizers import make_optimizers
+from .output_dir import check_output_dir
 from .round_metrics import RoundMetrics
 from .run_record import record_run, resume_record
 
@@ -67,7 +68,9 @@ class DiffusionTrainer(EvaluatingTrainer):
                 f"One process sees {args.n_gpu} GPUs, which `torch.nn.DataParallel` would share. Start one process per "
                 "GPU with `accelerate launch`, or show it one GPU with `CUDA_VISIBLE_DEVICES=0`."
             )
-        # Where to push, tasks and prompts: checked before anything large is loaded
+        # Where to write and to push, tasks and prompts: checked before anything large is loaded
+        if args.should_save:
+            check_output_dir(args.output_dir)
         if args.push_to_hub and args.process_index == 0:
             args.hub_model_id = check_destination(args)
         self.base_origin, self.family = check_pipeline(model, args.model_init_kwargs)

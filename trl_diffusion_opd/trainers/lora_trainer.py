@@ -42,7 +42,6 @@ from .checkpoints import (
     write_run_id,
 )
 from .disk import SaveError, save_elsewhere
-from .output_dir import check_output_dir
 from .pushing import PushMixin
 from .run_lock import holding
 from .trajectory import TRAJECTORY_KEY, check_trajectory, describe_trajectory, tell_changes
@@ -111,13 +110,11 @@ class LoraTrainer(PushMixin, _BaseTrainer):
                 The student's LoRA.
 
         Raises:
-            `OSError`: nothing can be written there, or another run writes there.
+            `OSError`: another run writes there.
             `ResumeError`: the run cannot be resumed from the checkpoint.
         """
         self.trajectory = describe_trajectory(datasets, args)
         self.first_step = 0
-        if args.should_save:
-            check_output_dir(args.output_dir)
         if args.resume_from_checkpoint is None:
             return
         if args.process_index == 0:

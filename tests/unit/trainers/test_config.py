@@ -119,7 +119,7 @@ def test_published_defaults_of_the_methods(tmp_path):
 
 def test_published_defaults(tmp_path):
     config = make(tmp_path)
-    assert (config.num_inference_steps, config.skip_last_steps, config.guidance_scale) == (10, 1, 4.5)
+    assert (config.num_inference_steps, config.skip_last_steps, config.guidance_scale) == (10, None, 4.5)
     assert (config.solver, config.noise_level, config.max_sequence_length) == ("flow", 0.0, 128)
     assert (config.learning_rate, config.max_grad_norm, config.weight_decay) == (3e-4, 1.0, 1e-4)
     assert config.lr_scheduler_type == "constant" and config.remove_unused_columns is False
@@ -145,7 +145,10 @@ def test_a_machine_without_bfloat16_gets_none(tmp_path):
         ({"prompt_batch_size": 0}, "`prompt_batch_size` must be at least 1"),
         ({"ema_decay": 1.0}, "`ema_decay` must be between 0 and 1"),
         ({"ema_update_every": 0}, "`ema_update_every` must be at least 1"),
-        ({"eval_num_inference_steps": 1}, "`eval_num_inference_steps` must be more than skip_last_steps = 1"),
+        (
+            {"eval_num_inference_steps": 1, "skip_last_steps": 1},
+            "`eval_num_inference_steps` must be more than skip_last_steps = 1",
+        ),
         ({"eval_guidance_scale": -2.0}, "`eval_guidance_scale` must be 0 or more"),
         ({"eval_noise_level": -1.0}, "`noise_level` must be a finite number"),
         ({"num_eval_images": 0}, "`num_eval_images` must be at least 1"),
