@@ -11,6 +11,7 @@ from trl_diffusion_opd.hub.locations import Origin
 from trl_diffusion_opd.lora.adapters import add_lora
 from trl_diffusion_opd.lora.files import load_lora
 from trl_diffusion_opd.lora.fingerprints import adapter_sha256, lora_sha256
+from trl_diffusion_opd.models.sd3 import StableDiffusion3
 from trl_diffusion_opd.teachers.loading import Teacher, load_teachers, teacher_fingerprint
 
 
@@ -57,7 +58,7 @@ def test_of_files(folders):
 def test_of_adapters(folders):
     expected = {"diffusers": ADAPTER, "peft": ADAPTER, "half": HALF_ADAPTER}
     transformer = tiny_transformer()
-    teachers = load_teachers(folders, transformer, guidance_scale=1.0, show_progress=False)
+    teachers = load_teachers(folders, transformer, guidance_scale=1.0, family=StableDiffusion3(), show_progress=False)
     assert {name: teacher.fingerprint for name, teacher in teachers.items()} == expected
     other = tiny_transformer()
     add_lora(other, load_lora(folders["peft"])[0], "another")

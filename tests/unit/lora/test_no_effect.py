@@ -9,6 +9,7 @@ from peft import LoraConfig
 
 from tests.support.tiny import SD3_TARGETS, random_lora, save_diffusers_lora, tiny_inputs, tiny_transformer, velocity
 from trl_diffusion_opd.lora.adapters import has_no_effect, lora_state_dict, save_lora
+from trl_diffusion_opd.models.sd3 import StableDiffusion3
 from trl_diffusion_opd.teachers.loading import load_teachers
 
 
@@ -66,7 +67,9 @@ def test_a_teacher(tmp_path, caplog, kind):
     transformer = tiny_transformer()
     expected = velocity(transformer, tiny_inputs())
     with caplog.at_level(logging.WARNING, "trl_diffusion_opd"):
-        load_teachers({"ocr": str(tmp_path)}, transformer, guidance_scale=1.0, show_progress=False)
+        load_teachers(
+            {"ocr": str(tmp_path)}, transformer, guidance_scale=1.0, family=StableDiffusion3(), show_progress=False
+        )
     transformer.set_adapter("teacher_0")
     changes = not torch.equal(velocity(transformer, tiny_inputs()), expected)
     warned = [record.getMessage() for record in caplog.records if record.name.startswith("trl_diffusion_opd")]

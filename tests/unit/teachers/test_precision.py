@@ -14,6 +14,7 @@ from tests.support.tiny import (
     velocity,
 )
 from trl_diffusion_opd.lora.adapters import lora_state_dict, use_adapter
+from trl_diffusion_opd.models.sd3 import StableDiffusion3
 from trl_diffusion_opd.teachers.loading import load_teachers
 
 
@@ -26,7 +27,9 @@ def test_a_teacher_beside_a_half_precision_base(tmp_path, save, half):
     config, lora = random_lora(seed=1)
     save(tmp_path, config, {name: tensor.clone() for name, tensor in lora.items()})
     transformer = tiny_transformer().to(half)
-    load_teachers({"ocr": str(tmp_path)}, transformer, guidance_scale=1.0, show_progress=False)
+    load_teachers(
+        {"ocr": str(tmp_path)}, transformer, guidance_scale=1.0, family=StableDiffusion3(), show_progress=False
+    )
 
     # The values of the file, of which half precision would keep three digits.
     loaded = lora_state_dict(transformer, "teacher_0")

@@ -24,6 +24,7 @@ from tests.support.tiny import (
     velocity,
 )
 from trl_diffusion_opd.lora.adapters import base_only, lora_state_dict, use_adapter
+from trl_diffusion_opd.models.sd3 import StableDiffusion3
 from trl_diffusion_opd.teachers.config import TeacherConfig, check_tasks, normalize_teachers
 from trl_diffusion_opd.teachers.loading import load_teachers, teacher_fingerprint
 
@@ -172,7 +173,10 @@ class TestLoad:
         expected = velocity(student, tiny_inputs())
         names = trainable(student)
         teachers = load_teachers(
-            folders | {"ocr": TeacherConfig(folders["ocr"], guidance_scale=1)}, student, guidance_scale=4.5
+            folders | {"ocr": TeacherConfig(folders["ocr"], guidance_scale=1)},
+            student,
+            guidance_scale=4.5,
+            family=StableDiffusion3(),
         )
         ocr, geneval = teachers["ocr"], teachers["geneval"]
         assert (ocr.adapter_name, geneval.adapter_name) == ("teacher_0", "teacher_1")
@@ -196,22 +200,29 @@ class TestLoad:
 
     def test_errors_name_the_teacher(self, folders, student, tmp_path):
         with pytest.raises(OSError, match="teacher 'ocr' .*nowhere.*: the local path .* does not exist"):
-            load_teachers({"ocr": tmp_path / "nowhere"}, student, guidance_scale=1.0)
+            load_teachers({"ocr": tmp_path / "nowhere"}, student, guidance_scale=1.0, family=StableDiffusion3())
         config, state_dict = random_lora(tiny_transformer(num_layers=3))
         save_diffusers_lora(tmp_path / "deep", config, state_dict)
         with pytest.raises(ValueError, match="teacher 'ocr' .*deep.*no place in the transformer.*another base model"):
-            load_teachers({"ocr": tmp_path / "deep"}, student, guidance_scale=1.0)
+            load_teachers({"ocr": tmp_path / "deep"}, student, guidance_scale=1.0, family=StableDiffusion3())
 
     def test_weight_name(self, folders, student):
         file = next(Path(folders["ocr"]).iterdir())
         file.rename(file.with_name("style.safetensors"))
         config = TeacherConfig(folders["ocr"], weight_name="style.safetensors")
-        assert load_teachers({"ocr": config}, student, guidance_scale=1.0)["ocr"].adapter_name == "teacher_0"
+        assert (
+            load_teachers({"ocr": config}, student, guidance_scale=1.0, family=StableDiffusion3())["ocr"].adapter_name
+            == "teacher_0"
+        )
 
     def test_full_models(self, student):
         model, pipe = tiny_transformer(seed=1, num_layers=3).train(), tiny_pipeline(seed=2)
         teachers = load_teachers(
-            {"a": TeacherConfig(model, guidance_scale=1.0), "b": pipe}, student, guidance_scale=4.5, vae=pipe.vae
+            {"a": TeacherConfig(model, guidance_scale=1.0), "b": pipe},
+            student,
+            guidance_scale=4.5,
+            family=StableDiffusion3(),
+            vae=pipe.vae,
         )
         assert (teachers["a"].model, teachers["b"].model) == (model, pipe.transformer)
         assert (teachers["a"].guidance_scale, teachers["b"].guidance_scale) == (1.0, 4.5)
@@ -229,21 +240,21 @@ class TestLoad:
         model = SD3Transformer2DModel.from_config({**tiny_transformer().config, name: value})
         match = f"teacher of task 'a' has `{name}={value}` but the student has `{name}="
         with pytest.raises(ValueError, match=match):
-            load_teachers({"a": model}, student, guidance_scale=1.0)
+            load_teachers({"a": model}, student, guidance_scale=1.0, family=StableDiffusion3())
 
     def test_refuses_other_vae(self, student):
         pipe = tiny_pipeline()
         vae = AutoencoderKL.from_config({**pipe.vae.config, "scaling_factor": 0.5})
         with pytest.raises(ValueError, match="VAE of the teacher of task 'a' has `scaling_factor=1.5305` .*=0.5`"):
-            load_teachers({"a": pipe}, student, guidance_scale=1.0, vae=vae)
+            load_teachers({"a": pipe}, student, guidance_scale=1.0, family=StableDiffusion3(), vae=vae)
 
     def test_refuses_the_student_itself(self, student):
         with pytest.raises(ValueError, match="is the student's own transformer"):
-            load_teachers({"a": student}, student, guidance_scale=1.0)
+            load_teachers({"a": student}, student, guidance_scale=1.0, family=StableDiffusion3())
 
     def test_bf16_base(self, folders):
         transformer = tiny_transformer().to(torch.bfloat16)
-        load_teachers(folders, transformer, guidance_scale=1.0)
+        load_teachers(folders, transformer, guidance_scale=1.0, family=StableDiffusion3())
         for name in ("teacher_0", "teacher_1"):
             assert {tensor.dtype for tensor in lora_state_dict(transformer, name).values()} == {torch.float32}
 
@@ -254,14 +265,18 @@ class TestFingerprint:
         for seed, alpha in ((1, 8), (1, 8), (1, 16), (2, 8)):
             save_diffusers_lora(tmp_path / "x", *random_lora(seed=seed, alpha=alpha))
             transformer = tiny_transformer()
-            (teacher,) = load_teachers({"a": tmp_path / "x"}, transformer, guidance_scale=1.0).values()
+            (teacher,) = load_teachers(
+                {"a": tmp_path / "x"}, transformer, guidance_scale=1.0, family=StableDiffusion3()
+            ).values()
             assert re.fullmatch("[0-9a-f]{64}", teacher.fingerprint)
             digests.append(teacher.fingerprint)
         assert digests[0] == digests[1]
         assert len(set(digests)) == 3
 
     def test_sees_a_changed_bit(self, folders, student):
-        teachers = load_teachers(folders | {"full": tiny_transformer(seed=1)}, student, guidance_scale=1.0)
+        teachers = load_teachers(
+            folders | {"full": tiny_transformer(seed=1)}, student, guidance_scale=1.0, family=StableDiffusion3()
+        )
         tensors = [
             next(iter(lora_state_dict(student, "teacher_0").values())),
             teachers["full"].model.proj_out.weight.data,
@@ -272,7 +287,9 @@ class TestFingerprint:
             assert teacher_fingerprint(teachers[name], student) != teachers[name].fingerprint
 
     def test_training_leaves_the_teachers_alone(self, folders, student):
-        teachers = load_teachers(folders | {"full": tiny_transformer(seed=1)}, student, guidance_scale=1.0)
+        teachers = load_teachers(
+            folders | {"full": tiny_transformer(seed=1)}, student, guidance_scale=1.0, family=StableDiffusion3()
+        )
         names = trainable(student)
         before = {name: p.detach().clone() for name, p in student.named_parameters()}
         optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1)
@@ -298,7 +315,7 @@ class TestFingerprint:
 class TestUseAdapter:
     @pytest.fixture
     def loaded(self, folders, student):
-        load_teachers(folders, student, guidance_scale=1.0)
+        load_teachers(folders, student, guidance_scale=1.0, family=StableDiffusion3())
         return student
 
     @pytest.mark.parametrize("name", ["teacher_0", "teacher_1", "default"])
@@ -388,7 +405,7 @@ class TestUseAdapter:
 
     def test_holds_no_model_alive(self, folders):
         transformer = tiny_transformer()
-        load_teachers(folders, transformer, guidance_scale=1.0)
+        load_teachers(folders, transformer, guidance_scale=1.0, family=StableDiffusion3())
         with torch.no_grad(), use_adapter(transformer, "teacher_0"):
             pass
         dead = weakref.ref(transformer)
@@ -404,7 +421,7 @@ class TestUseAdapter:
     @pytest.mark.parametrize("switch_before_backward", [False, True])
     def test_gradient_with_activation_checkpointing(self, folders, student, switch_before_backward):
         """A teacher pass before the student forward, or between it and the backward, changes no gradient."""
-        load_teachers(folders, student, guidance_scale=1.0)
+        load_teachers(folders, student, guidance_scale=1.0, family=StableDiffusion3())
         inputs = tiny_inputs()
         student.train()
 
