@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m trl_diffusion_opd`, and so `accelerate launch -m trl_diffusion_opd train ...`."""
+"""`python -m trl_diffusion_opd`, and so `accelerate launch -m trl_diffusion_opd opd ...`."""
 
 from .cli.main import main
 

@@ -65,7 +65,7 @@ def jobs_of(folder: Path, seed: int, num_images: int) -> dict[str, Job]:
     """All that is done for a seed, by name, which is also the folder of what comes of it."""
     jobs = {f"shapes-teacher-{t}": Job(teacher_command(t, folder / f"shapes-teacher-{t}", seed)) for t in TASKS}
     teachers = json.dumps({task: str(folder / f"shapes-teacher-{task}") for task in TASKS})
-    jobs["opd"] = Job(command("train", folder / "opd", seed, "--teachers", teachers), TEACHER_RUNS)
+    jobs["opd"] = Job(command("opd", folder / "opd", seed, "--teachers", teachers), TEACHER_RUNS)
     jobs["joint-grpo-guard"] = Job(command("grpo", folder / "joint-grpo-guard", seed))
     jobs["joint-nft"] = Job(command("nft", folder / "joint-nft", seed))
     last = None
@@ -78,7 +78,8 @@ def jobs_of(folder: Path, seed: int, num_images: int) -> dict[str, Job]:
     loras += [f"{name}={folder / PARTS[name][-1]}" for name in ("joint-grpo-guard", "joint-nft", "cascade-nft", "opd")]
     teachers = ",".join(f"teacher-{task}" for task in TASKS)
     evaluation = [sys.executable, "-m", "trl_diffusion_opd", "eval", "--model", str(SHAPES / "base")]
-    evaluation += ["--benchmarks", "shapes", "--num_images", str(num_images), "--num_inference_steps", "10"]
+    evaluation += ["--benchmarks", str(SHAPES / "benchmarks.yaml"), "--num_images", str(num_images)]
+    evaluation += ["--num_inference_steps", "10"]
     evaluation += ["--max_sequence_length", "10", "--seed", str(42 + seed), "--batch_size", "64", "--use_cpu"]
     evaluation += ["--output_dir", str(folder / "evaluation"), "--guidance_scale", "1", "base=1", f"base={GUIDANCE}"]
     evaluation += ["--lora", *loras, "--merge", f"sum={teachers}", f"mean={teachers}"]
@@ -160,7 +161,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("shapes-experiment"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--num_jobs", type=int, default=2, help="runs at a time")
-    parser.add_argument("--num_images", type=int, default=192, help="pictures a task and model in the evaluation")
+    parser.add_argument("--num_images", type=int, default=192, help="images a task and model in the evaluation")
     args = parser.parse_args()
     folders = {seed: args.output_dir / f"seed-{seed}" for seed in args.seeds}
     jobs = {

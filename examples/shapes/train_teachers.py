@@ -19,7 +19,7 @@ SHAPES = Path(__file__).resolve().parent
 WEIGHTS, CARD = "pytorch_lora_weights.safetensors", ("README.md", "run.json", "curves.png", "images")
 # By which command, for how many optimizer steps.
 TEACHERS = {"geneval": ("nft", 80), "ocr": ("grpo", 60), "aesthetic": ("grpo", 60)}
-RECIPES = {"nft": "shapes_nft.yaml", "grpo": "shapes_grpo_guard.yaml", "train": "shapes.yaml"}
+RECIPES = {"nft": "shapes_nft.yaml", "grpo": "shapes_grpo_guard.yaml", "opd": "shapes.yaml"}
 
 
 def command(method: str, output_dir: Path, seed: int, *options: str) -> list[str]:

@@ -6,6 +6,10 @@ from pathlib import Path
 import torch
 
 from tests.support.tiny import random_lora, save_diffusers_lora, save_peft_lora, tiny_pipeline
+from trl_diffusion_opd.evaluation.benchmark import suites
+from trl_diffusion_opd.evaluation.benchmark.arguments import EvaluationArguments
+from trl_diffusion_opd.evaluation.benchmark.average import paper_table
+from trl_diffusion_opd.evaluation.benchmark.folder import ResultsFolder
 from trl_diffusion_opd.evaluation.benchmark.run import evaluate
 
 
@@ -56,7 +60,7 @@ class World:
             "use_cpu": True,
             "output_dir": self.folder / name,
         }
-        return evaluate(changes.pop("model", self.base), **{**arguments, **changes})
+        return evaluate(EvaluationArguments(**{"model": self.base, **arguments, **changes}))
 
     @property
     def calls(self) -> list[int]:
@@ -65,3 +69,30 @@ class World:
         found = [int(word) for word in file.read_text().split()] if file.is_file() else []
         file.unlink(missing_ok=True)
         return found
+
+
+def synthetic_results(folder: Path, scores: dict[str, dict[str, float]]) -> ResultsFolder:
+    """A folder as an evaluation of the paper's benchmarks leaves it, with one image each."""
+    results = ResultsFolder(folder)
+    columns = dict(
+        zip(paper_table().columns, ("geneval", "ocr", *suites.BENCHMARKS["drawbench"].rewards), strict=True)
+    )
+    factors = {"PickScore": 26.0, "UnifiedReward": 5.0}
+    benchmarks = {}
+    for name in ("geneval", "ocr", "drawbench"):
+        rewards = {reward: reward for reward in suites.BENCHMARKS[name].rewards}
+        about = {"title": suites.BENCHMARKS[name].title, "num_images": 1, "num_prompts": 1, "rewards": rewards}
+        benchmarks[name] = {**about, "origin": {"name": "here", "repo_type": "dataset"}, "prompts": "0" * 64}
+        results.save_prompts(name, [{"prompt": "a\u2028b", "tag": "colors", "include": []}])
+    models = {name: {"guidance_scale": 4.5, "weights": [], "origins": []} for name in scores}
+    drawn = {"num_inference_steps": 40, "resolution": 512, "dtype": "bfloat16", "seed": 42}
+    base = {"origin": {"name": "them/base"}, "weights": "ab" * 20}
+    results.save_settings({"base": base, **drawn, "models": models, "benchmarks": benchmarks})
+    for model, row in scores.items():
+        for name in benchmarks:
+            results.save_image(torch.zeros(3, 4, 4), model, name, 0)
+        for column, value in row.items():
+            name = columns[column]
+            benchmark = name if name in benchmarks else "drawbench"
+            results.add_scores(model, benchmark, name, 0, {0: value / factors.get(column, 1.0)})
+    return results

@@ -55,7 +55,7 @@ def train(folder: str) -> None:
     states = [student_state(one) for one in (trainer, resumed)]
     rows = {task: [] for task in PROMPTS}
     for round_index in range(4):
-        for batch in trainer.sampler.batches(round_index):
+        for batch in trainer.rounds.batches(round_index):
             rows[batch.task] += batch.rows
     report(
         {

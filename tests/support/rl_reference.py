@@ -15,14 +15,14 @@ def velocity(trainer, x, timestep, prompts):
     text = trainer.prompts.conditioning(prompts)
     timestep = timestep.expand(len(x)).double()
 
-    def forward(embeds, pooled):
-        embeds, pooled = embeds.expand(len(x), -1, -1).double(), pooled.expand(len(x), -1).double()
+    def forward(prompt):
+        embeds, pooled = prompt["prompt_embeds"].double(), prompt["pooled_prompt_embeds"].double()
         return trainer.transformer(x, embeds, pooled, timestep, return_dict=False)[0]
 
-    positive = forward(text.prompt_embeds, text.pooled_prompt_embeds)
+    positive = forward(text.positive)
     if trainer.args.guidance_scale <= 1:
         return positive
-    negative = forward(text.negative_prompt_embeds, text.negative_pooled_prompt_embeds)
+    negative = forward(text.negative)
     return negative + trainer.args.guidance_scale * (positive - negative)
 
 
@@ -39,7 +39,7 @@ def advantages(trainer, latents, batches, reward):
         decoded = vae.decode(latents.float() / vae.config.scaling_factor + vae.config.shift_factor).sample
     prompts = [prompt for batch in batches for prompt in batch.prompts]
     rewards = np.array(reward((decoded / 2 + 0.5).clamp(0, 1), prompts))
-    groups = np.array([group for batch in batches for group in batch.groups])
+    groups = np.array(prompts)  # a prompt that is drawn twice is one group
     result = np.zeros(len(rewards))
     for group in set(groups):
         own = rewards[groups == group]
@@ -104,7 +104,7 @@ def grpo_loss(trainer, batch, states, velocities, advantage):
     """Mean over the trained steps, per image, and how many ratios were out of their range."""
     args, sigmas, timesteps = trainer.args, trainer.schedule.sigmas.double().tolist(), trainer.schedule.timesteps
     losses, clipped = [], 0
-    for j in range(len(timesteps) - args.skip_last_steps):
+    for j in range(len(timesteps) - trainer.skip_last_steps):
         x, following, dt = states[j], states[j + 1], sigmas[j + 1] - sigmas[j]
         v = velocity(trainer, x, timesteps[j], batch.prompts)
         mean, std, rate = grpo_mean_and_std(args, sigmas, j, x, v)
@@ -134,7 +134,7 @@ def train_grpo(trainer, reward, num_steps):
     clipped = []
     for first in range(0, num_steps, trainer.args.steps_per_rollout):
         steps = range(first, first + trainer.args.steps_per_rollout)
-        batches = [batch for step in steps for batch in trainer.sampler.batches(step)]
+        batches = [batch for step in steps for batch in trainer.rounds.batches(step)]
         rollouts = [grpo_rollout(trainer, batch) for batch in batches]
         all_advantages = advantages(trainer, torch.cat([states[-1] for states, _ in rollouts]), batches, reward)
         shares = all_advantages.split([len(batch.prompts) for batch in batches])
@@ -142,7 +142,7 @@ def train_grpo(trainer, reward, num_steps):
             loss, count = grpo_loss(trainer, batch, states, velocities, advantage)
             useful = advantage != 0
             descend(trainer, loss[useful].sum() / useful.sum())
-            clipped.append(count / (useful.sum().item() * (len(trainer.schedule) - trainer.args.skip_last_steps)))
+            clipped.append(count / (useful.sum().item() * (len(trainer.schedule) - trainer.skip_last_steps)))
     return clipped
 
 
@@ -163,7 +163,7 @@ def nft_loss(trainer, batch, clean, advantage):
     generators = [torch.Generator().manual_seed(seed + 1) for seed in batch.seeds]
     orders = torch.stack([torch.randperm(len(timesteps), generator=g) for g in generators])
     losses = []
-    for j in range(len(timesteps) - args.skip_last_steps):
+    for j in range(len(timesteps) - trainer.skip_last_steps):
         t, timestep = like(sigmas[orders[:, j]], clean), timesteps[orders[:, j]]
         noise = torch.stack([torch.randn(clean.shape[1:], generator=g) for g in generators]).double()
         x_t = (1 - t) * clean + t * noise
@@ -193,7 +193,7 @@ def train_nft(trainer, reward, num_steps, decay):
                 if ".old." in name:
                     old.copy_(kept * old + (1 - kept) * named[name.replace(".old.", ".default.")])
         steps = range(first, first + trainer.args.steps_per_rollout)
-        batches = [batch for step in steps for batch in trainer.sampler.batches(step)]
+        batches = [batch for step in steps for batch in trainer.rounds.batches(step)]
         images = [nft_rollout(trainer, batch) for batch in batches]
         all_advantages = advantages(trainer, torch.cat(images), batches, reward)
         shares = all_advantages.split([len(batch.prompts) for batch in batches])

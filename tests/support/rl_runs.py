@@ -71,9 +71,9 @@ def make_trainer(
 
 def in_float64(trainer: RLTrainer) -> RLTrainer:
     """Has a trainer compute in float64, but for the images and the rewards."""
-    noise_sources = trainer.noise_sources
+    noise = trainer.sampler.noise
     trainer.transformer.to(torch.float64)
-    trainer.noise_sources = lambda seeds: (noise_sources(seeds)[0].double(), noise_sources(seeds)[1])
+    trainer.sampler.noise = lambda seeds: (noise(seeds)[0].double(), noise(seeds)[1])
     return trainer
 
 

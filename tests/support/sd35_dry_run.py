@@ -37,7 +37,7 @@ from trl_diffusion_opd.cli.recipe import parse_recipe
 from trl_diffusion_opd.cli.train import METHODS
 recipe, folder, prompts = sys.argv[1:]
 argv = ["--config", recipe, "--output_dir", f"{folder}/sd35m-opd", "--datasets", prompts, "--eval_datasets", prompts]
-how = METHODS["train"]
+how = METHODS["opd"]
 script_args, args, recipe = parse_recipe([*argv, "--use_cpu"], (how.arguments, how.config))
 how.trainer(args=args, **script_args.trainer_arguments(recipe)).make_record().save(folder)
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands of the command line: those that train from a recipe, and the others, one entry of `COMMANDS` each."""
+"""The commands of the command line: those that have recipes, and the others, one entry of `COMMANDS` each."""
 
 import argparse
 import json
@@ -7,16 +7,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..evaluation.benchmark import add_arguments as _eval_arguments
 from ..rewards import REWARDS
 
 
-# The methods of `script.METHODS`, in a few words.
+# The methods of `train.METHODS`, in a few words.
 TRAININGS = {
-    "train": "distill teachers into one student, from a recipe",
+    "opd": "distill teachers into one student, from a recipe",
     "grpo": "train a LoRA from rewards by GRPO-Guard or Flow-GRPO, from a recipe",
     "nft": "train a LoRA from rewards by DiffusionNFT, from a recipe",
 }
+ALIASES = {"train": "opd"}
+# Its options are those of `EvaluationArguments`.
+EVALUATION = {"eval": "draw benchmarks with LoRAs and score the images"}
 TOKEN = (
     "The token is the one of `hf auth login` or of the environment variable HF_TOKEN, never an option: the history of "
     "the shell and the list of processes would show it."
@@ -118,12 +120,6 @@ def rewards(**arguments) -> None:
     main(**arguments)
 
 
-def evaluate(**arguments) -> None:
-    from ..evaluation.benchmark import main
-
-    main(**arguments)
-
-
 def _push_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="FOLDER", help="`output_dir` of a run, finished or not, or a checkpoint")
     parser.add_argument("--repo_id", metavar="OWNER/NAME", help="where to; by default where the run was going to push")
@@ -160,7 +156,9 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("destination", metavar="DESTINATION", help="folder to write into, new or empty")
     parser.add_argument(
-        "--to", choices=("diffusers", "peft"), help="format to write; by default the one that SOURCE is not in"
+        "--to",
+        choices=("diffusers", "peft", "comfyui"),
+        help="format to write; by default diffusers or PEFT, whichever SOURCE is not",
     )
     parser.add_argument(
         "--weight_name",
@@ -217,8 +215,8 @@ COMMANDS = {
         card,
     ),
     "convert": Command(
-        "convert a LoRA between the formats of diffusers and PEFT",
-        "Converts a LoRA between the formats of diffusers and PEFT, exactly, and prints the path of the written file.",
+        "convert a LoRA between the formats of diffusers, PEFT and ComfyUI",
+        "Converts a LoRA between the formats of diffusers, PEFT and ComfyUI, exactly, and prints the path of the file.",
         _convert_arguments,
         convert,
         f"For a private or gated SOURCE: {TOKEN[0].lower()}{TOKEN[1:]}",
@@ -235,13 +233,5 @@ COMMANDS = {
         "Lists the built-in rewards and what they need, or with --check compares their scores with known ones.",
         _rewards_arguments,
         rewards,
-    ),
-    "eval": Command(
-        "draw benchmarks with LoRAs and score the images",
-        "Draws the prompts of benchmarks with a base and LoRAs on it, scores the images, and writes tables, a dataset "
-        "and pages with the images. Run again, it goes on where it stopped.",
-        _eval_arguments,
-        evaluate,
-        "`accelerate launch -m trl_diffusion_opd eval ...` shares the work among processes.",
     ),
 }

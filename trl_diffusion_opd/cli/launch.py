@@ -5,7 +5,7 @@ import argparse
 import os
 from pathlib import Path
 
-from .parser import PROG, Parser, fail
+from .parser import BAD_INPUT, PROG, Parser, fail, one_line_errors
 
 
 # Options of `accelerate launch` that the trainings take too.
@@ -37,3 +37,22 @@ def split_launch_options(argv: list[str], method: str) -> tuple[list[str], list[
     if vars(options) and "LOCAL_RANK" in os.environ:
         fail(f"accelerate has started this process: {', '.join(vars(options))} belong to `accelerate launch` itself.")
     return [part for name, value in vars(options).items() for part in (f"--{name}", str(value))], rest
+
+
+def launch(options: list[str], method: str, argv: list[str]) -> None:
+    """
+    Has accelerate start the processes of a training, and waits for them.
+
+    Args:
+        options (`list[str]`):
+            What [`split_launch_options`] found for `accelerate launch`.
+        method (`str`):
+            The command of the training.
+        argv (`list[str]`):
+            Its arguments.
+    """
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    command = ["--quiet", *options, "-m", "trl_diffusion_opd", method, *argv]
+    with one_line_errors(*BAD_INPUT):
+        launch_command(launch_command_parser().parse_args(command))

@@ -2,19 +2,22 @@
 """Recipes: what a run is made from, in a YAML file and on the command line."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
 
-import yaml
-from peft import LoraConfig
 from trl import TrlParser
 
-from ..models.loading import default_lora
 from ..rewards import REWARDS
 from ..rewards.lookup import find_reward, locate
-from ..trainers.base_config import DiffusionConfig
+from ..utils.settings import AT_LEAST_1, check_kinds, check_rules
 from .parser import Parser
+from .recipe_file import check_recipe, unique_pairs
+
+
+if TYPE_CHECKING:
+    pass
 
 
 @dataclass
@@ -31,9 +34,9 @@ class ScriptArguments:
     datasets: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "Prompts of each task: a .txt or .jsonl file (a path or an address), a dataset of the Hub "
-            "`owner/name[@revision]` with a prompt column, or a mapping with `path` and any of `name`, `split`, "
-            "`revision`, `column`, `streaming`."
+            "help": "Prompts of each task: a list of prompts, a .txt or .jsonl file (a path or an address), a dataset "
+            "of the Hub `owner/name[@revision]` with a prompt column, or a mapping with `path` and any of `name`, "
+            "`split`, `revision`, `column`, `streaming`."
         },
     )
     eval_datasets: dict[str, Any] | str | None = field(
@@ -79,22 +82,35 @@ class ScriptArguments:
             value = getattr(self, name)
             if isinstance(value, str):
                 try:
-                    setattr(self, name, json.loads(value, object_pairs_hook=_unique_pairs))
+                    setattr(self, name, json.loads(value, object_pairs_hook=unique_pairs))
                 except json.JSONDecodeError as error:
                     raise ValueError(
                         f"`{name}` must be a mapping (JSON on the command line), but is {value!r}."
                     ) from error
+        check_kinds(self)
+        check_rules(self, {"lora_r": AT_LEAST_1, "lora_alpha": AT_LEAST_1})
         for name in self.required:
-            if not getattr(self, name):
+            if getattr(self, name) in (None, "", {}, []):
                 raise ValueError(
                     f"`{name}` is not set. Name it in a recipe (`--config recipe.yaml`) or as `--{name}`."
                 )
+        for name in self.by_task:
+            self._check_mapping(name)
         if self.tasks is not None:
             if unknown := [task for task in self.tasks if task not in self.datasets]:
                 raise ValueError(f"`tasks` names {unknown}, but `datasets` has prompts for {list(self.datasets)}.")
             for name in self.by_task:
                 if isinstance(value := getattr(self, name), dict):
                     setattr(self, name, {task: value[task] for task in value if task in self.tasks})
+
+    def _check_mapping(self, name: str) -> None:
+        value = getattr(self, name)
+        if name == "teachers" and isinstance(value, list):  # each with its `task`
+            return
+        if value is not None and not isinstance(value, Mapping):
+            raise ValueError(f"`{name}` must be a mapping, with a name for each task, but is {value!r}.")
+        if empty := [task for task in value or {} if value[task] is None]:
+            raise ValueError(f"`{name}` has nothing for task {empty[0]!r}. Give it a value, or leave the task out.")
 
     def trainer_arguments(self, recipe: Path | None = None) -> dict[str, Any]:
         """
@@ -105,17 +121,18 @@ class ScriptArguments:
                 File of the recipe, whose folder local paths may be relative to.
         """
 
-        def prompts(sources: dict[str, Any] | None) -> dict[str, Any]:
-            mappings = {task: s if isinstance(s, dict) else {"path": s} for task, s in (sources or {}).items()}
-            return {
-                task: {"split": self.dataset_split, **mapping, "path": locate(mapping.get("path"), recipe)}
-                for task, mapping in mappings.items()
-            }
+        def prompts(source: Any) -> Any:
+            if isinstance(source, list):
+                return source
+            options = dict(source) if isinstance(source, Mapping) else {"path": source}
+            if "path" in options:
+                options["path"] = locate(options["path"], recipe)
+            return {"split": self.dataset_split, **options}
 
         return {
             "model": locate(self.model_name_or_path, recipe),
-            "train_dataset": prompts(self.datasets),
-            "eval_dataset": prompts(self.eval_datasets) or None,
+            "train_dataset": {task: prompts(source) for task, source in self.datasets.items()},
+            "eval_dataset": {task: prompts(source) for task, source in (self.eval_datasets or {}).items()} or None,
             "reward_funcs": {
                 task: [find_reward(spec, recipe) for spec in (specs if isinstance(specs, list) else [specs])]
                 for task, specs in (self.reward_funcs or {}).items()
@@ -124,11 +141,11 @@ class ScriptArguments:
             "adapter": locate(self.adapter, recipe),
         }
 
-    def peft_config(self) -> LoraConfig | None:
-        """The student's LoRA; `None` to take that of the adapter."""
+    def peft_config(self) -> dict[str, Any] | None:
+        """The fields in which the student's LoRA differs from the default; `None` to take that of the adapter."""
         settings = {"r": self.lora_r, "lora_alpha": self.lora_alpha, "target_modules": self.lora_target_modules}
         settings = {name: value for name, value in settings.items() if value is not None}
-        return default_lora(**settings) if settings or self.adapter is None else None
+        return settings if settings or self.adapter is None else None
 
 
 @dataclass
@@ -168,71 +185,55 @@ class RLScriptArguments(ScriptArguments):
     required: ClassVar = ("model_name_or_path", "datasets", "reward_funcs")
 
 
-def check_unique_keys(recipe: Path) -> None:
-    """Raises a `ValueError` if a mapping of a YAML file has a key twice, of which YAML would drop the first silently."""
-
-    def walk(node: yaml.Node) -> None:
-        if isinstance(node, yaml.MappingNode):
-            _unique_pairs([(key.value, None) for key, _ in node.value], f"{recipe}: ")
-            for _, value in node.value:
-                walk(value)
-        elif isinstance(node, yaml.SequenceNode):
-            for value in node.value:
-                walk(value)
-
-    with open(recipe, encoding="utf-8") as file:
-        try:
-            root = yaml.compose(file)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{recipe} is no YAML: {error}") from error
-    if root is not None:
-        walk(root)
-
-
-def _unique_pairs(pairs: list[tuple[str, Any]], where: str = "") -> dict[str, Any]:
-    mapping = {}
-    for key, value in pairs:
-        if key in mapping:
-            raise ValueError(f"{where}the key {key!r} is there twice. Keep one of them.")
-        mapping[key] = value
-    return mapping
-
-
 class _RecipeParser(Parser, TrlParser):
-    """[`~trl.TrlParser`], with errors of one line."""
+    """[`~trl.TrlParser`], with errors of one line, and with one value for a list of one."""
+
+    def set_defaults_with_config(self, **kwargs) -> list[str]:
+        for action in self._actions:
+            value = kwargs.get(action.dest)
+            if action.nargs == "+" and value is not None and not isinstance(value, (list, Mapping)):
+                kwargs[action.dest] = [value]  # or argparse would take a word for a list of letters
+        return super().set_defaults_with_config(**kwargs)
 
 
 def parse_recipe(
     argv: list[str],
-    kinds: tuple[type[ScriptArguments], type[DiffusionConfig]],
+    kinds: tuple[type, ...],
     *,
+    usage: str = "%(prog)s --config RECIPE [--SETTING VALUE ...]",
     description: str | None = None,
     prog: str | None = None,
     epilog: str | None = None,
-) -> tuple[ScriptArguments, DiffusionConfig, Path | None]:
+) -> tuple[Any, ...]:
     """
-    Parses the command line of a training.
+    Parses the command line of a training or an evaluation.
 
     Args:
         argv (`list[str]`):
             The arguments.
-        kinds (`tuple[type, type]`):
-            Dataclasses of what is trained on what, and of the settings of the trainer.
-        description (`str`, *optional*), prog (`str`, *optional*), epilog (`str`, *optional*):
+        kinds (`tuple[type, ...]`):
+            Dataclasses of the settings, such as those of what is trained on what and of the trainer.
+        usage (`str`, *optional*), description (`str`, *optional*), prog (`str`, *optional*), epilog (`str`, *optional*):
             Start of the text of `--help`, name of the command in it (by default that of the running script), its end.
 
     Returns:
-        Both, and the file that was given with `--config`.
+        One of each kind, and the file that was given with `--config`.
     """
     parser = _RecipeParser(
         kinds,
         prog=prog,
-        usage="%(prog)s --config RECIPE [--SETTING VALUE ...]",
+        usage=usage,
         description=description,
         epilog=epilog,
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="RECIPE", help="YAML file with any of these settings; options here win.")
+    switches = {name for kind in kinds for name, hint in get_type_hints(kind).items() if hint == bool | None}
+    for action in parser._actions:
+        if action.dest in switches and action.nargs is None:  # `--disable_tqdm` alone is true, as of other switches
+            action.nargs, action.const = "?", True
+    # Without this, the verbosity that hides the noise of imports would hide the progress bars too.
+    parser.set_defaults(disable_tqdm=False)
     argv = [part for a in argv for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
     recipe = None
     if "--config" in argv:
@@ -241,12 +242,12 @@ def parse_recipe(
         recipe = Path(argv[argv.index("--config") + 1])
         if not recipe.is_file():
             raise ValueError(f"There is no recipe {str(recipe)!r}. Check the path after `--config`.")
-        check_unique_keys(recipe)
-    script_args, training_args, *_, keys, options = parser.parse_args_and_config(
+        check_recipe(recipe)
+    *parsed, keys, options = parser.parse_args_and_config(
         argv, return_remaining_strings=True, separate_remaining_strings=True
     )
     if keys:
         raise ValueError(f"{recipe}: unknown settings {' '.join(keys)}. `{parser.prog} --help` lists all.")
     if options:
         raise ValueError(f"Unknown options {' '.join(options)}. `{parser.prog} --help` lists all.")
-    return script_args, training_args, recipe
+    return *parsed[: len(kinds)], recipe

@@ -1,18 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prompt sets of the tasks: from the Hub, from files, from lists and from streams."""
 
+import logging
 import re
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import datasets.config
 import numpy as np
-import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetsError
 from huggingface_hub import constants
@@ -20,10 +18,14 @@ from huggingface_hub import constants
 from ..hub.download import fetch, find_commit
 from ..hub.errors import SourceError, hub_errors, retried
 from ..hub.locations import Origin, Source, parse_source
-from .rounds import StreamedPrompts
+from .prompt_files import is_address, load_file, reader_of, shown
+from .rounds import StreamedPrompts, check_prompt, no_rows
+from .tasks import check_task_name
 
 
-_READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+logger = logging.getLogger(__name__)
+# Options of a mapping that `datasets` does not check.
+_KINDS = {"path": (str, Path), "name": str, "split": str, "revision": str, "column": str, "streaming": bool}
 
 
 def load_prompts(
@@ -52,12 +54,16 @@ def load_prompts(
         `ValueError`: the source is no prompt set, or its files cannot be read.
     """
     options = dict(source) if isinstance(source, Mapping) else {"path": source}
-    if not isinstance(options.get("path"), (str, Path)):
+    if "path" not in options:
         raise ValueError(f"{owner}: a mapping must have the `path` of the prompts, but has {list(options)}.")
+    for name, kinds in _KINDS.items():
+        if name in options and not isinstance(options[name], kinds):
+            kind = "true or false" if kinds is bool else "text"
+            raise ValueError(f"{owner}: `{name}` must be {kind}, but is {options[name]!r}.")
     path, own_column = options.pop("path"), options.pop("column", column)
     with _reading_errors(path, owner):
-        if Path(urlparse(str(path)).path).suffix in _READERS:
-            data, origin = _load_file(path, owner, own_column, **options)
+        if reader_of(path) is not None:
+            data, origin = load_file(path, owner, own_column, **options)
         else:
             data, origin = _load_set(path, owner, **options)
     if isinstance(data, IterableDataset):
@@ -76,46 +82,19 @@ def _reading_errors(path: str | Path, owner: str) -> Iterator[None]:
         yield
     except OSError:
         raise
-    except (DatasetsError, ValueError) as error:
+    except StopIteration:  # what `datasets` ends with if there is not even a first row
+        raise no_rows(owner) from None
+    except (DatasetsError, ValueError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
-        raise ValueError(f"{owner}: {str(path)!r} cannot be read: {reason}") from error
-
-
-def _load_file(
-    path: str | Path, owner: str, column: str, split: str = "train", streaming: bool = False, **options
-) -> tuple[Dataset | IterableDataset, Origin]:
-    address = urlparse(str(path))
-    remote = address.scheme in ("https", "http")
-    if remote and streaming:
-        raise ValueError("a file at an address cannot be streamed. Leave `streaming` out, or download it yourself.")
-    if remote:
-        origin = Origin(f"{address.scheme}://{address.hostname}{address.path}", repo_type="dataset")
-    elif Path(path).is_file():
-        origin = Origin.local(path, "dataset")
-    else:
-        raise SourceError(
-            f"{owner}: the prompt file {str(path)!r} does not exist. Check its spelling. (A file of a Hub dataset is "
-            "named by a mapping with `path`, the dataset, and `data_files`.)"
+        if unknown := re.search(r"(?:unexpected keyword argument|doesn't have a) '(\w+)'", reason):
+            usual = ", ".join(f"`{name}`" for name in _KINDS)
+            reason = f"there is no option {unknown[1]!r}. The usual ones are {usual}."
+        elif "scripts are no longer supported" in reason:
+            reason += ". Convert it to a file, or name its data by `data_files`."
+        reason = reason.replace(str(path), shown(path))
+        raise ValueError(f"{owner}: {shown(path)!r} cannot be read: {reason}") from (
+            None if is_address(path) else error
         )
-    reader = _READERS[Path(address.path).suffix]
-    with tempfile.TemporaryDirectory() as folder:
-        file = str(path)
-        if remote:
-            file = str(Path(folder) / Path(address.path).name)
-            try:
-                retried(lambda: torch.hub.download_url_to_file(str(path), file, progress=False))
-            except OSError as error:
-                raise SourceError(f"{owner}: downloading {origin.name} failed: {error}. Check the address.") from error
-        data = load_dataset(
-            reader, data_files={split.partition("[")[0]: file}, split=split, streaming=streaming, **options
-        )
-    if reader == "text" and streaming:
-        data = data.map(lambda row: {column: row["text"].strip()}, remove_columns="text")
-        data = data.filter(lambda row: row[column])
-    elif reader == "text":
-        lines = (line.strip() for line in data["text"])
-        data = Dataset.from_dict({column: [line for line in lines if line]})
-    return data, origin
 
 
 def _load_set(
@@ -126,11 +105,15 @@ def _load_set(
     streaming: bool = False,
     **options,
 ) -> tuple[Dataset | IterableDataset, Origin]:
+    if is_address(path):
+        raise ValueError("the address of a prompt file must end in .txt, .jsonl, .json, .csv or .parquet.")
     source = parse_source(path, kind="prompt set", repo_type="dataset")
     if source.path is not None:
         if not source.path.is_dir():
             raise SourceError(f"{owner}: the folder {str(path)!r} does not exist. Check its spelling.")
-        data = load_dataset(str(source.path), split=split, streaming=streaming, **options)
+        if saved := _saved_to_disk(source.path, split.partition("[")[0]):
+            options["data_files"] = {split.partition("[")[0]: saved}
+        data = load_dataset("arrow" if saved else str(source.path), split=split, streaming=streaming, **options)
         return data, Origin.local(source.path, "dataset")
     if revision is not None:
         if source.revision is not None:
@@ -139,6 +122,18 @@ def _load_set(
     if source.subfolder is not None:
         options["data_dir"] = source.subfolder
     return _load_from_hub(source, split, streaming, owner, options)
+
+
+def _saved_to_disk(folder: Path, split: str) -> list[str]:
+    """The files of a dataset or of a split that `save_to_disk` wrote into a folder; none if it did not."""
+    if (folder / "dataset_dict.json").is_file():
+        if not (folder / split).is_dir():
+            splits = sorted(path.name for path in folder.iterdir() if path.is_dir())
+            raise ValueError(f"there is no split {split!r}, only {splits}. Set `split`.")
+        folder = folder / split
+    if not (folder / "state.json").is_file():
+        return []
+    return [str(file) for file in sorted(folder.glob("*.arrow"))]
 
 
 def _load_from_hub(
@@ -232,12 +227,16 @@ def task_datasets(
                 f"cannot be told apart. Add the column, or pass a dictionary with the keys {tasks}."
             )
         names = np.array(data["task"])
+        if None in (missing := names.tolist()):
+            raise ValueError(f"`{argument}`: row {missing.index(None)} has no `task`. Name it, or leave the row out.")
         data = {str(task): data.select(np.flatnonzero(names == task)) for task in dict.fromkeys(names.tolist())}
     if not isinstance(data, Mapping):
         raise ValueError(
             f"`{argument}` must be a dictionary from task to prompts or a dataset with a `task` column, but is a "
             f"{type(data).__name__}."
         )
+    for task in data:
+        check_task_name(task)
     if tasks is not None and (unknown := sorted(set(data) - set(tasks))):
         raise ValueError(f"`{argument}` names unknown tasks {unknown}. The tasks are {list(tasks)}.")
     loaded = {task: _prompts_of(value, column, f"`{argument}[{task!r}]`") for task, value in data.items()}
@@ -249,19 +248,49 @@ def _prompts_of(data: Any, column: str, owner: str) -> tuple[Dataset | StreamedP
         data, origin = load_prompts(data, column=column, owner=owner)
     else:
         if isinstance(data, (list, tuple)):
-            data = Dataset.from_list([{column: row} if isinstance(row, str) else row for row in data])
+            data = _from_list(data, column, owner)
         if not isinstance(data, (Dataset, IterableDataset)):
             raise ValueError(f"{owner} must be a dataset, a list of prompts, a file or a Hub id, but is {type(data)}.")
         origin = origin_of(data)
         if isinstance(data, IterableDataset):
             data = StreamedPrompts(data, owner=owner, column=column)
-    if isinstance(data, Dataset) and len(data) == 0:
-        raise ValueError(f"{owner} has no rows. Give the task prompts, or leave it and its teacher out.")
-    if isinstance(data, Dataset) and column not in data.column_names:
+    if isinstance(data, StreamedPrompts):
+        data[0]  # which raises what is wrong with it
+        return data, origin
+    return _checked(data, column, owner), origin
+
+
+def _from_list(rows: list | tuple, column: str, owner: str) -> Dataset:
+    rows = [{column: row} if isinstance(row, str) else row for row in rows]
+    for index, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise ValueError(f"{owner} must hold prompts or rows (dictionaries), but row {index} is {row!r}.")
+        check_prompt(row.get(column, ""), owner, column, index)
+    try:
+        return Dataset.from_list([dict(row) for row in rows])
+    except (ValueError, TypeError) as error:  # of pyarrow, for columns of several types
+        raise ValueError(f"{owner}: the rows have no common form: {error}. Give each column one type.") from error
+
+
+def _checked(data: Dataset, column: str, owner: str) -> Dataset:
+    """The rows with a prompt, each of which is text."""
+    if len(data) == 0:
+        raise no_rows(owner)
+    if column not in data.column_names:
         raise ValueError(
             f"{owner} has no column {column!r}, only {data.column_names}. Rename one "
             f"(`dataset.rename_column(..., {column!r})`), or set `prompt_column`."
         )
-    if not isinstance(data[0][column], str):
-        raise ValueError(f"{owner}: column {column!r} must hold text, but row 0 holds {data[0][column]!r}.")
-    return data, origin
+    kept, index = [], 0
+    for batch in data.select_columns(column).iter(batch_size=1000):  # which is fast, and a column is not
+        for prompt in batch[column]:
+            check_prompt(prompt, owner, column, index)
+            if prompt.strip():
+                kept.append(index)
+            index += 1
+    if not kept:
+        raise no_rows(owner)
+    if len(kept) < len(data):
+        logger.warning("%s: %d of %d rows have an empty prompt and are left out.", owner, index - len(kept), index)
+        data = data.select(kept)
+    return data

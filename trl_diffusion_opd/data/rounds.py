@@ -2,6 +2,7 @@
 """The prompts of the tasks by position, and which of them a round uses."""
 
 import itertools
+import logging
 import math
 import zlib
 from collections.abc import Iterable, Iterator
@@ -13,6 +14,9 @@ from datasets import Dataset, IterableDataset
 from huggingface_hub.utils import httpx
 
 from ..hub.errors import SourceError, explain_failure, retried
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -65,6 +69,7 @@ class StreamedPrompts:
         self._stream = stream
         self._iterator: Iterator[dict[str, Any]] | None = None
         self._rows: list[dict[str, Any]] = []
+        self._read = 0  # rows, those with an empty prompt too
         self._ended = False
 
     def __getitem__(self, position: int) -> dict[str, Any]:
@@ -78,31 +83,33 @@ class StreamedPrompts:
         except (OSError, httpx.TransportError) as error:
             reason = explain_failure(error, "its repository") or f"{error}."
             raise SourceError(
-                f"{self.owner}: row {len(self._rows)} of the stream could not be read, also after some attempts: "
+                f"{self.owner}: row {self._read} of the stream could not be read, also after some attempts: "
                 f"{reason} If training had begun, the last checkpoint is intact: resume from it with "
                 "`resume_from_checkpoint`."
             ) from error
         except ValueError as error:
-            raise ValueError(f"{self.owner}: row {len(self._rows)} of the stream cannot be read: {error}") from error
+            raise ValueError(f"{self.owner}: row {self._read} of the stream cannot be read: {error}") from error
         if row is None:
             self._ended = True
             if not self._rows:
-                raise ValueError(f"{self.owner} has no rows. Give the task prompts, or leave it and its teacher out.")
+                raise no_rows(self.owner)
             return
+        self._read += 1
         if self.own_column not in row:
             raise ValueError(f"{self.owner} has no column {self.own_column!r}, only {list(row)}. Set `column` to one.")
         row = dict(row)  # maybe the very one of the user's list
         prompt = row.pop(self.own_column)
-        if not isinstance(prompt, str):
-            raise ValueError(
-                f"{self.owner}: column {self.own_column!r} must hold text, but row {len(self._rows)} holds {prompt!r}."
-            )
+        check_prompt(prompt, self.owner, self.own_column, self._read - 1)
+        if not prompt.strip():
+            if self._read == len(self._rows) + 1:  # the first of them
+                logger.warning("%s: row %d has an empty prompt; such rows are left out.", self.owner, self._read - 1)
+            return
         self._rows.append({self.column: prompt, **{name: value for name, value in row.items() if is_plain(value)}})
 
     def _next_row(self) -> dict[str, Any] | None:
         try:
             if self._iterator is None:
-                self._iterator = itertools.islice(self._stream, len(self._rows), None)
+                self._iterator = itertools.islice(self._stream, self._read, None)
             return next(self._iterator, None)
         except Exception:
             self._iterator = None  # an iterator that raised is at its end: the next attempt starts afresh
@@ -110,6 +117,17 @@ class StreamedPrompts:
 
 
 Prompts = Dataset | StreamedPrompts
+
+
+def no_rows(owner: str) -> ValueError:
+    """The error of a set without prompts."""
+    return ValueError(f"{owner} has no rows. Give the task prompts, or leave it and its teacher out.")
+
+
+def check_prompt(prompt: Any, owner: str, column: str, row: int) -> None:
+    """Raises a `ValueError` if a prompt is no text."""
+    if not isinstance(prompt, str):
+        raise ValueError(f"{owner}: column {column!r} must hold text, but row {row} holds {prompt!r}.")
 
 
 def is_plain(value: Any) -> bool:

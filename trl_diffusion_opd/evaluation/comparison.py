@@ -1,28 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table that tells whether a training worked: base and student on every task, and where there are teachers these too."""
 
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ..data.rounds import Prompts
 from ..models.sampler import Policy
 from ..utils.serialization import write_json
 from .gains import gains
-from .score import score_policy
+from .score import Evaluator
 
 
-if TYPE_CHECKING:
-    from ..data.rounds import Prompts
-    from ..trainers.base_trainer import DiffusionTrainer
-
-
-def scored_tasks(trainer: "DiffusionTrainer") -> dict[str, "Prompts"]:
+def scored_tasks(datasets: Mapping[str, Prompts], reward_funcs: Mapping[str, Any]) -> dict[str, Prompts]:
     """
     The evaluation prompts of the tasks that have reward functions.
 
     Raises:
         `ValueError`: there are none.
     """
-    tasks = {task: data for task, data in trainer.eval_datasets.items() if task in trainer.reward_funcs}
+    tasks = {task: data for task, data in datasets.items() if task in reward_funcs}
     if not tasks:
         raise ValueError(
             "A comparison needs a task with prompts and a reward: pass `eval_dataset` and `reward_funcs` for it."
@@ -30,43 +28,55 @@ def scored_tasks(trainer: "DiffusionTrainer") -> dict[str, "Prompts"]:
     return tasks
 
 
-def compare(trainer: "DiffusionTrainer") -> dict[str, Any]:
+def compare(
+    evaluator: Evaluator,
+    tasks: dict[str, Prompts],
+    *,
+    base: Policy,
+    student: Policy,
+    teachers: Mapping[str, Policy],
+    student_weights: Callable[[bool], AbstractContextManager],
+    averaged: bool,
+) -> dict[str, Any]:
     """
-    Scores all models on the evaluation prompts of the tasks that have reward functions, with the same noise.
+    Scores all models on evaluation prompts, with the same noise.
 
     Where there are teachers, the merge adds up the updates of all their LoRAs on the base (weight 1 each), which costs
     no training: what a student must beat. With a full-model teacher there is no merge.
 
     Args:
-        trainer ([`DiffusionTrainer`]):
-            A trainer with an `eval_dataset` and `reward_funcs`.
+        evaluator ([`Evaluator`]):
+            Scores them.
+        tasks (`dict[str, Dataset | StreamedPrompts]`):
+            Prompts of the tasks, from [`scored_tasks`].
+        base ([`Policy`]), student ([`Policy`]), teachers (`Mapping[str, Policy]`):
+            The models, teachers by task.
+        student_weights (`Callable[[bool], ContextManager]`):
+            Puts the student's averaged (`True`) or raw weights in its place.
+        averaged (`bool`):
+            Whether there is an average.
 
     Returns:
         `dict`: `{"base": {task: score}, "student": {task: score}}`; with teachers also `"teachers": {teacher: {task:
         score}}` and `"merge": {task: score}`; with a moving average the student is the averaged one, and
         `"student_raw"` is there too.
     """
-    tasks = scored_tasks(trainer)
 
     def score(policy: Policy) -> dict[str, float]:
-        scores = score_policy(trainer, policy, tasks, description=f"Scoring {policy.name}", rewards_only=True)
+        scores = evaluator.score(policy, tasks, description=f"Scoring {policy.name}")
         return {task: values["reward"] for task, values in scores.items()}
 
-    base, student, *teachers = trainer.policies()
-    with trainer.student_weights(average=True):
-        results = {"base": score(base)}
+    with student_weights(True):
+        results: dict[str, Any] = {"base": score(base)}
         if teachers:
-            results["teachers"] = {
-                task: score(policy) for task, policy in zip(trainer.teachers, teachers, strict=True)
-            }
-        if teachers and all(policy.model is None for policy in teachers):
-            adapters = tuple(name for policy in teachers for name in policy.adapters)
+            results["teachers"] = {task: score(policy) for task, policy in teachers.items()}
+        if teachers and all(policy.model is None for policy in teachers.values()):
+            adapters = tuple(name for policy in teachers.values() for name in policy.adapters)
             results["merge"] = score(Policy("merge", student.guidance_scale, adapters))
         results["student"] = score(student)
-    if trainer.ema is not None:
-        with trainer.student_weights(average=False):
+    if averaged:
+        with student_weights(False):
             results["student_raw"] = score(student)
-    trainer.outcome.results = results
     return results
 
 

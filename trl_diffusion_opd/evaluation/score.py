@@ -3,20 +3,24 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
+import torch
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from ..data.rounds import Prompts, TaskBatch, num_prompts, prompt_at, sample_seed
-from ..rewards.functions import reward_columns
+from ..models.prompt_encoder import PromptEncoder
+from ..models.sampler import Policy, PolicySampler
+from ..models.velocity import Conditioning
+from ..rewards.functions import RewardFunc, reward_columns
+from ..sampling.denoising import DenoisingStep, Schedule
 from ..utils.hardware import on_device
 
 
-if TYPE_CHECKING:
-    from ..models.sampler import Policy
-    from ..trainers.base_trainer import DiffusionTrainer
+# `measure(policy, batch, conditioning)`: the final latents `[B, C, H, W]` and metrics `[B]` by name.
+Measure = Callable[[Policy, TaskBatch, Conditioning], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 
 def count_images(datasets: Mapping[str, Prompts], num_eval_images: int | None) -> dict[str, int]:
@@ -46,85 +50,146 @@ def evaluation_batch(
     return TaskBatch(task, rows, [row[column] for row in rows], seeds, positions)
 
 
-def score_policy(
-    trainer: "DiffusionTrainer",
-    policy: "Policy",
-    datasets: dict[str, Prompts],
-    *,
-    description: str = "Evaluating",
-    rewards_only: bool = False,
-) -> dict[str, dict[str, float]]:
+@dataclass
+class Evaluator:
     """
-    Rolls a policy out on every task, the prompts shared among all processes.
+    Draws and scores images of policies, always from the same noise.
 
     Args:
-        trainer ([`DiffusionTrainer`]):
-            Owner of the models and of the settings of evaluation.
-        policy ([`Policy`]):
-            The model to score.
-        datasets (`dict[str, Dataset | StreamedPrompts]`):
-            Prompts of each task.
-        description (`str`, *optional*):
-            Title of the progress bar.
-        rewards_only (`bool`, *optional*, defaults to `False`):
-            Whether to leave out what `trainer.rollout_metrics` measures along the way.
-
-    Returns:
-        `dict[str, dict[str, float]]`: means by task and metric: what `trainer.rollout_metrics` measures, `reward` where
-        the task has reward functions (their weighted sum; with several, each as `reward/<function>` too), and
-        `reward_failures`, the number of images without a score, where there are any.
+        sampler ([`PolicySampler`]):
+            Rolls them out.
+        prompts ([`PromptEncoder`]):
+            Encodes their prompts.
+        schedule ([`Schedule`]), solver (`str`), noise_level (`float`):
+            How they are rolled out.
+        seed (`int`):
+            Seed of all noise.
+        column (`str`):
+            Column that holds the prompt.
+        batch_size (`int`):
+            Images drawn at once.
+        chunk_size (`int`):
+            Prompts encoded at once.
+        num_images (`int`, *optional*):
+            Images of each task; by default one of each prompt.
+        reward_funcs (`dict[str, list[Callable]]`, *optional*), reward_weights (`list[float]`, *optional*):
+            What images of the tasks are scored with, and the weight of each function.
+        reward_timeout (`float`, *optional*):
+            Seconds that a reward may take for a batch.
+        process_index (`int`, *optional*, defaults to `0`), num_processes (`int`, *optional*, defaults to `1`):
+            The processes that share the prompts, and this one among them.
+        show_progress (`bool`, *optional*, defaults to `True`):
+            Whether to show a progress bar.
     """
-    args, device = trainer.args, trainer.accelerator.device
-    size, step = args.per_device_eval_batch_size, trainer.args.prompt_cache_size
-    shares = {
-        task: list(range(count))[args.process_index :: args.world_size]
-        for task, count in count_images(datasets, args.num_eval_images).items()
-    }
-    total = sum(map(len, shares.values()))
-    progress = tqdm(
-        total=total,
-        desc=description,
-        disable=args.disable_tqdm or not trainer.is_world_process_zero(),
-        leave=False,
-    )
-    scores = {}
-    vae = trainer.pipeline.vae if set(datasets) & set(trainer.reward_funcs) else None
-    with progress, on_device((vae,), device):
-        for task, data in datasets.items():
-            records: list[dict[str, float]] = []
-            for first in range(0, len(shares[task]), step):
-                chunk = shares[task][first : first + step]
-                # Encoded once for all evaluations if they fit the cache, else chunk by chunk.
-                wanted = shares if total <= step else {task: chunk}
-                prompts = _prompts_at(datasets, wanted, args.prompt_column)
-                trainer.eval_prompts.prepare(tuple(prompts), lambda prompts=prompts: prompts)
-                for start in range(0, len(chunk), size):
-                    batch = evaluation_batch(
-                        data, task, chunk[start : start + size], seed=args.seed, column=args.prompt_column
-                    )
-                    records += _score_batch(trainer, policy, batch, rewards_only)
-                    progress.update(len(batch.prompts))
-            scores[task] = _means(gather_object(records))
-    return scores
+
+    sampler: PolicySampler
+    prompts: PromptEncoder
+    schedule: Schedule
+    solver: str
+    noise_level: float
+    seed: int
+    column: str
+    batch_size: int
+    chunk_size: int
+    num_images: int | None = None
+    reward_funcs: dict[str, list[RewardFunc]] = field(default_factory=dict)
+    reward_weights: list[float] | None = None
+    reward_timeout: float | None = None
+    process_index: int = 0
+    num_processes: int = 1
+    show_progress: bool = True
+
+    def rollout(self, policy: Policy, conditioning: Conditioning, seeds: list[int]) -> Iterator[DenoisingStep]:
+        """Rolls a policy out with the settings of evaluation, without gradients."""
+        return self.sampler.rollout(
+            policy, conditioning, seeds, self.schedule, solver=self.solver, noise_level=self.noise_level
+        )
+
+    def sample_latents(self, policy: Policy, batch: TaskBatch, conditioning: Conditioning) -> torch.Tensor:
+        """The latents `[B, C, H, W]` at the end of a rollout."""
+        for step in self.rollout(policy, conditioning, batch.seeds):
+            latents = step.next_sample
+        return latents
+
+    def batch(self, data: Prompts, task: str, positions: list[int], purpose: str = "eval") -> TaskBatch:
+        """See [`evaluation_batch`]."""
+        return evaluation_batch(data, task, positions, seed=self.seed, column=self.column, purpose=purpose)
+
+    def score(
+        self,
+        policy: Policy,
+        datasets: dict[str, Prompts],
+        *,
+        measure: Measure | None = None,
+        description: str = "Evaluating",
+    ) -> dict[str, dict[str, float]]:
+        """
+        Rolls a policy out on every task, the prompts shared among all processes.
+
+        Args:
+            policy ([`Policy`]):
+                The model to score.
+            datasets (`dict[str, Dataset | StreamedPrompts]`):
+                Prompts of each task.
+            measure (`Callable`, *optional*):
+                Rolls out in the place of `sample_latents` and measures along the way.
+            description (`str`, *optional*):
+                Title of the progress bar.
+
+        Returns:
+            `dict[str, dict[str, float]]`: means by task and metric: what was measured along the way, `reward` where the
+            task has reward functions (their weighted sum; with several, each as `reward/<function>` too), and
+            `reward_failures`, the number of images without a score, where there are any.
+        """
+        shares = {
+            task: list(range(count))[self.process_index :: self.num_processes]
+            for task, count in count_images(datasets, self.num_images).items()
+        }
+        total = sum(map(len, shares.values()))
+        progress = tqdm(total=total, desc=description, disable=not self.show_progress, leave=False)
+        scores = {}
+        vae = self.sampler.pipeline.vae if set(datasets) & set(self.reward_funcs) else None
+        with progress, on_device((vae,), self.sampler.device):
+            for task, data in datasets.items():
+                records: list[dict[str, float]] = []
+                for first in range(0, len(shares[task]), self.chunk_size):
+                    chunk = shares[task][first : first + self.chunk_size]
+                    # Encoded once for all evaluations if they fit the cache, else chunk by chunk.
+                    self._encode(datasets, shares if total <= self.chunk_size else {task: chunk})
+                    for start in range(0, len(chunk), self.batch_size):
+                        batch = self.batch(data, task, chunk[start : start + self.batch_size])
+                        records += self._score_batch(policy, batch, measure)
+                        progress.update(len(batch.prompts))
+                scores[task] = _means(gather_object(records))
+        return scores
+
+    def _encode(self, datasets: dict[str, Prompts], positions: dict[str, list[int]]) -> None:
+        prompts = [
+            prompt_at(datasets[task], position)[self.column]
+            for task, indices in positions.items()
+            for position in indices
+        ]
+        self.prompts.prepare(tuple(prompts), lambda: prompts)
+
+    def _score_batch(self, policy: Policy, batch: TaskBatch, measure: Measure | None) -> list[dict[str, float]]:
+        conditioning = self.prompts.conditioning(batch.prompts)
+        if measure is None:
+            latents, metrics = self.sample_latents(policy, batch, conditioning), {}
+        else:
+            latents, metrics = measure(policy, batch, conditioning)
+        columns = {name: values.tolist() for name, values in metrics.items()}
+        if batch.task in self.reward_funcs:
+            funcs, images = self.reward_funcs[batch.task], self.sampler.decode(latents)
+            columns |= reward_columns(funcs, images, batch, self.reward_weights, timeout=self.reward_timeout)
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
-def _prompts_at(datasets: dict[str, Prompts], positions: dict[str, list[int]], column: str) -> list[str]:
-    return [prompt_at(datasets[task], position)[column] for task, indices in positions.items() for position in indices]
-
-
-def _score_batch(
-    trainer: "DiffusionTrainer", policy: "Policy", batch: TaskBatch, rewards_only: bool
-) -> list[dict[str, float]]:
-    conditioning = trainer.eval_prompts.conditioning(batch.prompts)
-    if rewards_only:
-        latents, metrics = trainer.final_latents(policy, batch, conditioning), {}
-    else:
-        latents, metrics = trainer.rollout_metrics(policy, batch, conditioning)
-    columns = {name: values.tolist() for name, values in metrics.items()}
-    if batch.task in trainer.reward_funcs:
-        funcs, images = trainer.reward_funcs[batch.task], trainer.decode(latents)
-        columns |= reward_columns(funcs, images, batch, trainer.reward_weights)
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+def name_metrics(scores: dict[str, dict[str, float]], prefix: str) -> dict[str, float]:
+    """`<prefix><metric>/<task>` of what [`Evaluator.score`] returned, and `<prefix>loss`, the mean of the divergences."""
+    metrics = {f"{prefix}{name}/{task}": value for task, own in scores.items() for name, value in own.items()}
+    if all("kl" in own for own in scores.values()):
+        metrics[f"{prefix}loss"] = sum(own["kl"] for own in scores.values()) / len(scores)
+    return metrics
 
 
 def _means(records: list[dict[str, float]]) -> dict[str, float]:

@@ -153,6 +153,9 @@ def parse_source(text: str | Path, *, kind: str = "LoRA", repo_type: str = "mode
 
     Returns:
         [`Source`]: the parsed location. Nothing is looked up on the Hub.
+
+    Raises:
+        `ValueError`: it is neither an existing path nor of that form, or a part of it is `.` or `..`.
     """
     path = Path(os.path.expanduser(text))
     if isinstance(text, Path) or text.startswith(("/", ".", "~")) or (text and path.exists()):
@@ -168,8 +171,18 @@ def parse_source(text: str | Path, *, kind: str = "LoRA", repo_type: str = "mode
             f"A {kind} location must be an existing local path or `owner/repo`, `owner/repo/subfolder` or "
             f"`owner/repo/subfolder@revision`, but is {text!r}, which is neither (there is no such path on disk)."
         )
+    check_inside(location, kind)
     subfolder = "/".join(parts[2:]) or None
     return Source("/".join(parts[:2]), subfolder, revision or None, repo_type=repo_type)
+
+
+def check_inside(location: str, kind: str = "LoRA") -> None:
+    """Raises a `ValueError` if a location in a repository has a part `.` or `..`: it might lead out of it."""
+    if {".", ".."} & set(location.split("/")):
+        raise ValueError(
+            f"A {kind} location on the Hub must not have `.` or `..` among its parts, but is {location!r}. Name the "
+            "repository and the folder themselves, as in `owner/repo/subfolder`."
+        )
 
 
 def check_not_pickle(name: str | Path, owner: str) -> None:

@@ -2,6 +2,7 @@
 """Add, switch, save and load LoRA adapters."""
 
 import copy
+import logging
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -15,7 +16,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..hub.locations import DIFFUSERS_WEIGHT_NAME
-from .files import LoraWeights, read_lora, some
+from .checks import some
+from .files import LoraWeights, read_lora
+from .writing import sorted_options, write_diffusers
+
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -164,24 +170,18 @@ def save_lora(
     Returns:
         `Path`: the written file.
     """
-    # Imported here because the pipeline class brings in all of diffusers, which the readers do not need.
-    from diffusers import StableDiffusion3Pipeline
-
     live = lora_state_dict(transformer, adapter_name)
     if state_dict is None:
         state_dict = live
     else:
         _check_tensors(state_dict, live, f"`state_dict` of adapter {adapter_name!r}")
-    options = transformer.peft_config[adapter_name].to_dict()
-    # A set has no order: sorting it makes the same adapter give the same metadata.
-    options = {name: sorted(value) if isinstance(value, set) else value for name, value in options.items()}
-    StableDiffusion3Pipeline.save_lora_weights(
-        folder,
-        transformer_lora_layers={name: tensor.detach().float().cpu() for name, tensor in state_dict.items()},
-        transformer_lora_adapter_metadata=options,
-        weight_name=weight_name,
-    )
-    return Path(folder) / weight_name
+    if has_no_effect(state_dict, lora_scaling(transformer, adapter_name)):
+        logger.warning(
+            f"The LoRA written to {str(Path(folder) / weight_name)!r} changes nothing: all its updates `B @ A` are zero. "
+            "Train it longer."
+        )
+    tensors = {name: tensor.detach().float().cpu() for name, tensor in state_dict.items()}
+    return write_diffusers(Path(folder), tensors, sorted_options(transformer.peft_config[adapter_name]), weight_name)
 
 
 def load_lora_into(transformer: nn.Module, source: str | Path | LoraWeights, adapter_name: str = "default") -> None:
@@ -225,27 +225,28 @@ def lora_state_dict(transformer: nn.Module, adapter_name: str = "default") -> di
     return get_peft_model_state_dict(transformer, adapter_name=adapter_name, save_embedding_layers=False)
 
 
-def has_no_effect(state_dict: dict[str, torch.Tensor]) -> bool:
+def has_no_effect(state_dict: dict[str, torch.Tensor], scaling: dict[str, float] | None = None) -> bool:
     """
-    Whether a LoRA changes nothing, because in each of its modules `A` or `B` is zero.
+    Whether a LoRA changes nothing, because in each of its modules `A`, `B` or the factor before them is zero.
 
     A LoRA with magnitudes (DoRA) or non-zero biases counts as one that changes something.
 
     Args:
         state_dict (`dict[str, torch.Tensor]`):
-            Its tensors, with the names of [`lora_state_dict`]; a prefix before them does no harm.
+            Its tensors, with the names of [`lora_state_dict`] or those of a file.
+        scaling (`dict[str, float]`, *optional*):
+            The factors by module, as [`lora_scaling`] returns them.
 
     Returns:
-        `bool`: `True` if every update `B @ A` is zero.
+        `bool`: `True` if every update is zero.
     """
-    zeros = {name: not bool(tensor.detach().any()) for name, tensor in state_dict.items()}
-    halves = {name for name in zeros if ".lora_A." in name or ".lora_B.weight" in name}
-    modules = {name.rpartition(".lora_")[0] for name in halves}
-    updates = {
-        module for module in modules if not any(zeros[name] for name in halves if name.startswith(f"{module}.lora_"))
-    }
-    others = any(not zero for name, zero in zeros.items() if name not in halves and not name.endswith(".alpha"))
-    return bool(halves) and not updates and not others
+    zeros = {name for name, tensor in state_dict.items() if not tensor.detach().any()}
+    matrices = {name for name in state_dict if name.endswith((".lora_A.weight", ".lora_B.weight"))}
+    modules = {name.rpartition(".lora_")[0] for name in matrices}
+    idle = {name.rpartition(".lora_")[0] for name in zeros & matrices}
+    idle |= {module for module in modules if (scaling or {}).get(module) == 0}
+    others = {name for name in state_dict if name not in matrices and not name.endswith(".alpha")}
+    return bool(modules) and modules == idle and others <= zeros
 
 
 def lora_scaling(transformer: nn.Module, adapter_name: str = "default") -> dict[str, float]:
@@ -266,7 +267,7 @@ def _inject(transformer: nn.Module, weights: LoraWeights, adapter_name: str) -> 
     except ValueError as error:  # PEFT's "no module matches" is one
         raise ValueError(
             f"{weights.owner}: nothing of the LoRA could be applied to the transformer; it was trained for another "
-            f"base model. {error}"
+            f"base model. {' '.join(str(error).split())}"
         ) from error
     # PEFT gives the adapter the dtype of the base, and a small update does not survive being rounded to bf16.
     for module in transformer.modules():

@@ -1,26 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Converting LoRA files between the formats of diffusers and PEFT, exactly."""
+"""Converting LoRA files between the formats of diffusers, PEFT and ComfyUI, exactly."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any, Literal
 
-from peft import LoraConfig
-from safetensors.torch import save_file
-
-from ..hub.download import resolve
-from ..hub.locations import DIFFUSERS_WEIGHT_NAME, PEFT_CONFIG_NAME, PEFT_WEIGHT_NAME
-from .files import DIFFUSERS_PREFIX, METADATA_KEY, PEFT_PREFIX, LoraWeights, read_lora
+from .files import LoraWeights, load_lora
+from .options import build_config
+from .writing import sorted_options, write_comfyui, write_diffusers, write_peft
 
 
-FORMATS = ("diffusers", "peft")
+FORMATS = ("diffusers", "peft", "comfyui")
 
 
 def convert_lora(
     source: str | Path,
     destination: str | Path,
-    to: Literal["diffusers", "peft"] | None = None,
+    to: Literal["diffusers", "peft", "comfyui"] | None = None,
     *,
     weight_name: str | None = None,
     overwrite: bool = False,
@@ -38,14 +34,20 @@ def convert_lora(
         destination (`str` or `Path`):
             Folder to write into: new or empty.
         to (`str`, *optional*):
-            `"diffusers"` or `"peft"`. By default the format that `source` is not in.
+            `"diffusers"`, `"peft"` or `"comfyui"`. By default diffusers or PEFT, whichever `source` is not.
         weight_name (`str`, *optional*):
             File inside `source`. By default `adapter_model.safetensors` or `pytorch_lora_weights.safetensors`.
         overwrite (`bool`, *optional*, defaults to `False`):
             Whether `destination` may hold files; those of the same names are replaced.
 
     Returns:
-        `Path`: the written weights. With PEFT, `adapter_config.json` is beside them.
+        `Path`: the written weights. With PEFT, `adapter_config.json` is beside them. For ComfyUI it is
+        `comfyui_lora.safetensors`, the diffusers format with `alpha` tensors, which `source` may be too.
+
+    Raises:
+        `SourceError`: `source` cannot be found or fetched.
+        `ValueError`: it is no LoRA that can be read, or cannot be written in this format, or the destination is not new
+            or empty.
     """
     destination = Path(destination)
     if to not in (None, *FORMATS):
@@ -56,36 +58,25 @@ def convert_lora(
         raise ValueError(
             f"The destination {str(destination)!r} is not empty. Choose another folder, or overwrite (`--overwrite`)."
         )
-    resolved = resolve(source, weight_name=weight_name)
-    weights = read_lora(resolved.path, weight_name=weight_name)
+    weights, _ = load_lora(source, weight_name=weight_name)
     if to is None:
         to = "peft" if weights.saved_format == "diffusers" else "diffusers"
-    destination.mkdir(parents=True, exist_ok=True)
     options = _options(weights)
-    header = {"format": "pt"}
     if to == "peft":
-        file, prefix = destination / PEFT_WEIGHT_NAME, PEFT_PREFIX
-        (destination / PEFT_CONFIG_NAME).write_text(_dump(options) + "\n", encoding="utf-8")
-    else:
-        file, prefix = destination / DIFFUSERS_WEIGHT_NAME, DIFFUSERS_PREFIX
-        # diffusers 0.42 leaves the dropout of a LoRA that it loads in training mode: every image would be random.
-        options["lora_dropout"] = 0.0
-        header[METADATA_KEY] = _dump({f"{prefix}{name}": value for name, value in options.items()})
-    save_file({f"{prefix}{name}": tensor for name, tensor in weights.state_dict.items()}, file, metadata=header)
-    return file
+        return write_peft(destination, weights.state_dict, options)
+    # diffusers 0.42 leaves the dropout of a LoRA that it loads in training mode: every image would be random.
+    options["lora_dropout"] = 0.0
+    if to == "diffusers":
+        return write_diffusers(destination, weights.state_dict, options)
+    return write_comfyui(destination, weights.state_dict, options, weights.config)
 
 
 def _options(weights: LoraWeights) -> dict[str, Any]:
     """All options of a LoRA. The base model is kept if it is named by its Hub id: a path is only good on one machine."""
     config = weights.config
     if weights.saved_options is not None:
-        config = LoraConfig.from_peft_type(**{**weights.saved_options, "peft_type": "LORA"})
-    options = config.to_dict()
+        config = build_config(weights.saved_options, "the file", weights.owner)
+    options = sorted_options(config)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", options["base_model_name_or_path"] or ""):
         options["base_model_name_or_path"] = None
-    # A set has no order: sorting it makes the same LoRA give the same file.
-    return {name: sorted(value) if isinstance(value, set) else value for name, value in options.items()}
-
-
-def _dump(options: dict[str, Any]) -> str:
-    return json.dumps(options, indent=2, sort_keys=True)
+    return options

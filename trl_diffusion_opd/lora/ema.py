@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from diffusers.training_utils import EMAModel
 from torch import nn
 
 
@@ -13,46 +12,61 @@ class StudentEMA:
     """
     Exponential moving average of the student's LoRA parameters.
 
+    The average is updated after `n` optimizer steps where `n + 1` is a multiple of `update_every`, as in the published
+    code. Up to its first update it is equal to the parameters, so that the average of a short run is never the LoRA
+    that training began with, which does nothing.
+
     Args:
         parameters (`dict[str, torch.nn.Parameter]`):
             The trained parameters by name.
         decay (`float`):
-            Upper bound of the decay `min((1 + n) / (10 + n), decay)`, with `n` the number of optimizer steps taken
-            before this one; 0 for `n = 0`.
+            Upper bound of the decay `d = min((1 + n) / (10 + n), decay)`.
         update_every (`int`):
             Optimizer steps between two updates.
+        update_repeats (`int`, *optional*, defaults to `1`):
+            How many times an update is applied, `average <- d^k average + (1 - d^k) parameters`. The published code of
+            DiffusionOPD and GRPO-Guard updates after every micro-batch, and so 3 and 4 times with the same parameters.
     """
 
-    def __init__(self, parameters: dict[str, nn.Parameter], decay: float, update_every: int):
+    def __init__(self, parameters: dict[str, nn.Parameter], decay: float, update_every: int, update_repeats: int = 1):
         self.parameters = parameters
+        self.decay = decay
         self.update_every = update_every
-        self._average = EMAModel(parameters.values(), decay=decay)
+        self.update_repeats = update_repeats
+        self._average = {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
+    @torch.no_grad()
     def update(self, num_steps: int) -> None:
         """Called after every optimizer step, of which `num_steps` were taken so far."""
-        if num_steps % self.update_every == 0:
-            # diffusers counts the updates; the published recipe's warm-up counts optimizer steps.
-            self._average.optimization_step = num_steps - 1
-            self._average.step(self.parameters.values())
+        if num_steps < max(2, self.update_every):  # up to the first update
+            self.load_state_dict(self.parameters)
+        elif (num_steps + 1) % self.update_every == 0:
+            decay = min((1 + num_steps) / (10 + num_steps), self.decay) ** self.update_repeats
+            for name, average in self._average.items():
+                average.sub_((1 - decay) * (average - self.parameters[name]))
 
     def to(self, device: torch.device) -> None:
-        self._average.to(device)
+        self._average = {name: average.to(device) for name, average in self._average.items()}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The averaged tensors by parameter name."""
-        return dict(zip(self.parameters, self._average.shadow_params, strict=True))
+        return dict(self._average)
 
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
-        for average, name in zip(self._average.shadow_params, self.parameters, strict=True):
+        for name, average in self._average.items():
             average.copy_(state_dict[name])
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Puts the average in the place of the raw weights, and the raw weights back whatever happens."""
-        raw = [parameter.detach().clone() for parameter in self.parameters.values()]
+        raw = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         try:
-            self._average.copy_to(self.parameters.values())
+            self._put(self._average)
             yield
         finally:
-            for parameter, value in zip(self.parameters.values(), raw, strict=True):
-                parameter.data.copy_(value)
+            self._put(raw)
+
+    def _put(self, tensors: dict[str, torch.Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.data.copy_(tensors[name])

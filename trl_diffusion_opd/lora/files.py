@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading LoRA files in the formats of diffusers and PEFT, strictly: nothing is skipped."""
 
-import json
-import re
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,29 +10,20 @@ import torch
 from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 
-from ..hub.locations import DIFFUSERS_WEIGHT_NAME, PEFT_CONFIG_NAME, PEFT_WEIGHT_NAME, check_not_pickle
-
-
-DIFFUSERS_PREFIX = "transformer."
-PEFT_PREFIX = "base_model.model."
-METADATA_KEY = "lora_adapter_metadata"
-# These initializations leave the base weights as they are, so a trained adapter does not depend on them.
-_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
-# Options that add or change something outside of the LoRA matrices.
-_UNSUPPORTED_OPTIONS = (
-    "modules_to_save",
-    "trainable_token_indices",
-    "layer_replication",
-    "target_parameters",
-    "alora_invocation_tokens",
-    "use_qalora",
-    "use_bdlora",
-    "arrow_config",
-    "kasa_config",
-    "monteclora_config",
-    "velora_config",
-    "megatron_config",
+from ..hub.download import resolve
+from ..hub.locations import (
+    DIFFUSERS_WEIGHT_NAME,
+    PEFT_CONFIG_NAME,
+    PEFT_WEIGHT_NAME,
+    Origin,
+    Resolved,
+    Source,
+    check_not_pickle,
+    parse_source,
 )
+from .checks import check_alphas, check_tensors, check_update, pop_alphas, some
+from .options import infer_config, make_config, parse_options
+from .writing import DIFFUSERS_PREFIX, METADATA_KEY, PEFT_PREFIX
 
 
 @dataclass
@@ -82,21 +70,55 @@ def read_lora(path: str | Path, *, weight_name: str | None = None, owner: str = 
     file = _find_file(Path(path), weight_name, owner)
     tensors, header = _read_tensors(file, owner)
     if all(name.startswith(PEFT_PREFIX) for name in tensors):
-        saved_format = "peft"
-        state_dict = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()}
+        saved_format, prefix, where = "peft", PEFT_PREFIX, repr(PEFT_CONFIG_NAME)
         options = _read_peft_options(file.with_name(PEFT_CONFIG_NAME), owner)
-        config = _make_config(options, repr(PEFT_CONFIG_NAME), owner)
     else:
-        saved_format = "diffusers"
+        saved_format, prefix, where = "diffusers", DIFFUSERS_PREFIX, f"the metadata of {file.name!r}"
         _check_diffusers_names(tensors, file, owner)
-        state_dict = {name.removeprefix(DIFFUSERS_PREFIX): tensor for name, tensor in tensors.items()}
-        options = _diffusers_options(header)
-        if options is None:
-            config = _infer_config(state_dict, file, owner)
-            state_dict = {name: tensor for name, tensor in state_dict.items() if not name.endswith(".alpha")}
-        else:
-            config = _make_config(options, f"the metadata of {file.name!r}", owner)
+        options = _diffusers_options(header, where, owner)
+    state_dict = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    alphas = pop_alphas(state_dict, file, owner)
+    if options is None:
+        _check_kinds(state_dict, file, owner)
+        config = infer_config(state_dict, alphas)
+    else:
+        config = make_config(options, where, owner)
+        check_alphas(alphas, config, file, owner)
+    check_update(state_dict, config, file, owner)
     return LoraWeights(config, state_dict, owner, saved_format, options)
+
+
+def load_lora(
+    source: Source | str | Path,
+    *,
+    weight_name: str | None = None,
+    owner: str = "LoRA",
+    found: Resolved | None = None,
+) -> tuple[LoraWeights, Origin]:
+    """
+    Finds a LoRA, on the Hub or on this machine, and reads it.
+
+    Args:
+        source ([`Source`], `str` or `Path`):
+            A local file or folder, or `owner/repo[/sub/folder][@revision]` on the Hub.
+        weight_name (`str`, *optional*):
+            File inside of it, if it has not one of the usual names.
+        owner (`str`, *optional*, defaults to `"LoRA"`):
+            Whose weights these are, for the error messages.
+        found ([`Resolved`], *optional*):
+            What [`resolve`] returned for `source`, which is called if it is not given.
+
+    Returns:
+        `tuple[LoraWeights, Origin]`: the LoRA, and where it came from, with the commit.
+
+    Raises:
+        `SourceError`: it cannot be found or fetched.
+        `ValueError`: it cannot be right; the message names what is wrong and how to correct it.
+    """
+    source = source if isinstance(source, Source) else parse_source(source)
+    found = found or resolve(source, weight_name=weight_name, owner=owner)
+    weights = read_lora(found.path, weight_name=weight_name, owner=owner)
+    return weights, Origin.of_source(source, found.commit)
 
 
 def _find_file(path: Path, weight_name: str | None, owner: str) -> Path:
@@ -133,9 +155,7 @@ def _read_tensors(file: Path, owner: str) -> tuple[dict[str, torch.Tensor], dict
         raise ValueError(f"{owner}: {str(file)!r} is not a readable safetensors file: {error}.") from error
     if not tensors:
         raise ValueError(f"{owner}: {str(file)!r} holds no tensors.")
-    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    if broken:
-        raise ValueError(f"{owner}: tensors hold NaN or infinite values: {some(broken)}. Save the LoRA again.")
+    check_tensors(tensors, file, owner)
     return tensors, header
 
 
@@ -155,8 +175,24 @@ def _check_diffusers_names(tensors: Iterable[str], file: Path, owner: str) -> No
         )
 
 
-def _diffusers_options(header: dict[str, str]) -> dict[str, Any] | None:
-    options = json.loads(header.get(METADATA_KEY, "{}"))
+def _check_kinds(names: Iterable[str], file: Path, owner: str) -> None:
+    """Without options, only names tell what the tensors are."""
+    kinds = {name: name.rpartition(".lora_")[2] for name in names}
+    for name, kind in kinds.items():
+        if kind not in ("A.weight", "B.weight", "B.bias", "magnitude_vector"):
+            raise ValueError(
+                f"{owner}: {file.name!r} holds {name!r}, which is no tensor of a PEFT LoRA (`lora_A`, `lora_B`). Load "
+                "it with `load_lora_weights` of a diffusers pipeline and save it with `save_lora_weights`."
+            )
+    if not {"A.weight", "B.weight"} & set(kinds.values()):
+        raise ValueError(
+            f"{owner}: {file.name!r} holds no `lora_A` and `lora_B`, only {some(sorted(kinds))}. Save the LoRA again."
+        )
+
+
+def _diffusers_options(header: dict[str, str], where: str, owner: str) -> dict[str, Any] | None:
+    text = header.get(METADATA_KEY, "")
+    options = parse_options(text, where, owner) if text.strip() not in ("", "null") else {}
     return {
         name.removeprefix(DIFFUSERS_PREFIX): value
         for name, value in options.items()
@@ -170,84 +206,4 @@ def _read_peft_options(file: Path, owner: str) -> dict[str, Any]:
             f"{owner}: the weights are in the PEFT format but {file.name!r}, which holds their scaling, is not beside "
             f"them in {str(file.parent)!r}. Copy it there."
         )
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
-def check_options(options: dict[str, Any], where: str, owner: str) -> None:
-    """Raises a `ValueError` if a LoRA config asks for anything that changes more than the LoRA's own matrices."""
-    peft_type = options.get("peft_type", "LORA")
-    if peft_type != "LORA":
-        raise ValueError(f"{owner}: {where} has `peft_type={peft_type!r}`, but only LoRA is supported.")
-    init = options.get("init_lora_weights", True)
-    if init not in _PLAIN_INITS:
-        raise ValueError(
-            f"{owner}: {where} has `init_lora_weights={init!r}`, which changes the base weights during training, so "
-            "the LoRA does not fit the original base model. Convert it to a plain LoRA: save it again with "
-            "`PeftModel.save_pretrained(..., path_initial_model_for_weight_conversion=...)`."
-        )
-    if options.get("bias", "none") != "none":
-        raise ValueError(
-            f"{owner}: {where} has `bias={options['bias']!r}`: it trains biases of the base model. Only `bias='none'` "
-            "is supported; merge the LoRA and pass the full model instead."
-        )
-    unsupported = {name: options[name] for name in _UNSUPPORTED_OPTIONS if options.get(name)}
-    if unsupported:
-        raise ValueError(
-            f"{owner}: {where} uses options that change more than LoRA matrices: {unsupported}. Merge the LoRA and "
-            "pass the full model instead."
-        )
-
-
-def _make_config(options: dict[str, Any], where: str, owner: str) -> LoraConfig:
-    check_options(options, where, owner)
-    # What only matters for starting or running the training of this LoRA is dropped.
-    dropped = {
-        "init_lora_weights": True,
-        "lora_dropout": 0.0,
-        "task_type": None,
-        "inference_mode": False,
-        "base_model_name_or_path": None,
-        "revision": None,
-        "auto_mapping": None,
-        "loftq_config": {},
-        "eva_config": None,
-        "corda_config": None,
-        "lora_ga_config": None,
-    }
-    return LoraConfig.from_peft_type(**{**options, "peft_type": "LORA", **dropped})
-
-
-def _infer_config(state_dict: dict[str, torch.Tensor], file: Path, owner: str) -> LoraConfig:
-    """Builds the config of a diffusers file without metadata from the names and shapes of its tensors."""
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
-    for name, tensor in state_dict.items():
-        module, dot, kind = name.rpartition(".lora_")
-        if kind == "A.weight":
-            ranks[module] = tensor.shape[0]
-        elif kind == "B.weight":
-            ranks.setdefault(module, tensor.shape[1])
-        elif name.endswith(".alpha"):
-            alphas[name.removesuffix(".alpha")] = float(tensor)
-        elif kind not in ("B.bias", "magnitude_vector"):
-            raise ValueError(
-                f"{owner}: {file.name!r} holds {name!r}, which is no tensor of a PEFT LoRA (`lora_A`, `lora_B`). Load "
-                "it with `load_lora_weights` of a diffusers pipeline and save it with `save_lora_weights`."
-            )
-    # Without an alpha the scaling is 1, that is alpha = rank.
-    alphas = {module: alphas.get(module, rank) for module, rank in ranks.items()}
-    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
-    return LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        target_modules=sorted(ranks),
-        rank_pattern={f"^{re.escape(module)}": value for module, value in ranks.items() if value != rank},
-        alpha_pattern={f"^{re.escape(module)}": value for module, value in alphas.items() if value != alpha},
-        use_dora=any("lora_magnitude_vector" in name for name in state_dict),
-        lora_bias=any(name.endswith("lora_B.bias") for name in state_dict),
-    )
-
-
-def some(names: list[str]) -> str:
-    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{', '.join(names[:3])}{rest}"
+    return parse_options(file.read_bytes(), repr(file.name), owner)

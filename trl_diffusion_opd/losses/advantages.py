@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From rewards to advantages: how much better than the other images of its prompt a image is."""
 
+import hashlib
+
 import torch
 
 
@@ -21,7 +23,7 @@ def group_advantages(
             Of shape `[N]`; NaN or infinite for a score that failed, which is left out of all statistics and gets the
             advantage 0.
         groups (`torch.Tensor`):
-            Of shape `[N]`: number of the group, the images of one prompt.
+            Of shape `[N]`: number of the group, the images of one prompt; see [`prompt_group`].
         tasks (`torch.Tensor`):
             Of shape `[N]`: number of the task.
         scale (`str`, *optional*, defaults to `"task"`):
@@ -41,6 +43,15 @@ def group_advantages(
         scope = tasks if scale == "task" else groups
         advantages = advantages / (_of_same(scope, rewards, lambda r: r.std(correction=0)) + _EPSILON)
     return torch.where(rewards.isfinite(), advantages, 0.0)
+
+
+def prompt_group(task: str, prompt: str) -> int:
+    """
+    Number of the group that images of a prompt belong to, the same in all processes and at every place of a rollout: a
+    prompt that was drawn twice is one group, as in the published code.
+    """
+    digest = hashlib.blake2b(f"{task}\0{prompt}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1  # torch takes 63 bits
 
 
 def check_scale(scale: str) -> None:

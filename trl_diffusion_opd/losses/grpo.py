@@ -13,6 +13,8 @@ import math
 
 import torch
 
+from ..sampling.solvers import SOLVERS
+
 
 LOSS_TYPES = ("grpo", "grpo_guard")
 
@@ -97,11 +99,24 @@ def step_weight(solver: str, sigma: float, sigma_next: float, noise_level: float
     """
     What a step's loss is multiplied with: 1 for `"grpo"`; for `"grpo_guard"` `1 / (-dt)`, which gives the gradients of
     all steps one scale (and `(1 + a^2 (1 - s) / (2 s)) / (-dt)` for the solver `"dance"`, as published).
+
+    Raises:
+        `ValueError`: GRPO-Guard with a solver that it is not defined for.
     """
     if loss_type == "grpo":
         return 1.0
-    factor = 1.0 if solver == "flow" else 1 + noise_level**2 * (1 - sigma) / (2 * sigma)
-    return factor / (sigma - sigma_next)
+    check_guard(solver)
+    return SOLVERS[solver].guard_factor(sigma, noise_level) / (sigma - sigma_next)
+
+
+def check_guard(solver: str) -> None:
+    """Raises a `ValueError` for a solver that GRPO-Guard is not defined for."""
+    if SOLVERS[solver].guard_factor is None:
+        defined = " and ".join(name for name, other in SOLVERS.items() if other.guard_factor is not None)
+        raise ValueError(
+            f"`loss_type='grpo_guard'` is defined for the solvers {defined}, but `solver` is {solver!r}. Choose one of "
+            "them, or `loss_type='grpo'`."
+        )
 
 
 def reference_divergence(shift: torch.Tensor, std: torch.Tensor, sigma: float, sigma_next: float) -> torch.Tensor:

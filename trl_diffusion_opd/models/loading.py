@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loading what a run starts from: the base pipeline and the student's LoRA on it."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline
 from huggingface_hub import HfApi, constants, get_cached_repo_tree
 from huggingface_hub.errors import CachedRepoTreeNotFoundError
 from peft import LoraConfig
@@ -16,33 +17,24 @@ from ..hub.download import fetch, fetch_checked
 from ..hub.errors import SourceError, hub_errors
 from ..hub.locations import Origin, parse_source
 from ..hub.options import check_init_kwargs
-from ..lora.files import check_options
-from .sd3_sde_pipeline import StableDiffusion3SDEPipeline
+from ..lora.options import check_options
+from .family import ModelFamily
+from .registry import family_named, family_of
 
 
 STUDENT = "default"  # the only adapter name that diffusers' LoRA metadata helpers know
-# The attention projections of image and text stream: what the published teachers were trained on.
-ATTENTION_TARGETS = [
-    "attn.to_q",
-    "attn.to_k",
-    "attn.to_v",
-    "attn.to_out.0",
-    "attn.add_q_proj",
-    "attn.add_k_proj",
-    "attn.add_v_proj",
-    "attn.to_add_out",
-]
+INDEX = "model_index.json"
 
 
 def check_pipeline(
-    model: str | Path | StableDiffusion3Pipeline, init_kwargs: dict[str, Any] | None = None, *, owner: str = "model"
-) -> Origin:
+    model: str | Path | DiffusionPipeline, init_kwargs: dict[str, Any] | None = None, *, owner: str = "model"
+) -> tuple[Origin, ModelFamily]:
     """
     Looks for a pipeline's index before anything large is fetched. diffusers' own errors do not tell a misspelt name
     from a gated model.
 
     Args:
-        model (`str` or `Path` or [`~diffusers.StableDiffusion3Pipeline`]):
+        model (`str` or `Path` or [`~diffusers.DiffusionPipeline`]):
             `owner/repo[@revision]` on the Hub, local folder, or a pipeline in memory.
         init_kwargs (`dict`, *optional*):
             Arguments of `from_pretrained`.
@@ -50,20 +42,19 @@ def check_pipeline(
             Who needs it, for the error messages.
 
     Returns:
-        [`Origin`]: where the pipeline comes from; for the Hub with the commit to load.
+        `tuple[Origin, ModelFamily]`: where the pipeline comes from, for the Hub with the commit to load; and its family.
 
     Raises:
-        `ValueError`: a local folder without a pipeline, or nothing that names one.
+        `ValueError`: a local folder without a pipeline, a pipeline of no known family, or nothing that names one.
         `SourceError`: the model cannot be found or fetched; the message says what to do.
     """
-    if isinstance(model, StableDiffusion3Pipeline):
-        return Origin.of_model(model)
+    if isinstance(model, DiffusionPipeline):
+        return Origin.of_model(model), family_of(model, owner)
     if not isinstance(model, (str, Path)):
         raise ValueError(
-            f"`model` must be a Hub id, a local folder or a `StableDiffusion3Pipeline`, but is a {type(model)}."
+            f"`{owner}` must be a Hub id, a local folder or a pipeline of diffusers, but is a {type(model)}."
         )
     source, kwargs = parse_source(model, kind="model"), dict(init_kwargs or {})
-    check_init_kwargs(kwargs, StableDiffusion3Pipeline, owner=owner)
     if source.path is None:
         if source.subfolder is not None or (source.revision and "revision" in kwargs):
             raise ValueError(
@@ -71,45 +62,64 @@ def check_pipeline(
                 f"{' with a `revision` in `model_init_kwargs` too' if source.revision else ''}."
             )
         source = replace(source, revision=source.revision or kwargs.get("revision"))
-        return Origin.of_source(source, fetch(source, "model_index.json", owner, **_access(kwargs)).commit)
-    if not source.path.is_dir():
-        raise SourceError(f"{owner}: there is no folder {str(model)!r}. Check the spelling.")
-    if not (source.path / "model_index.json").is_file():
+        found = fetch(source, INDEX, owner, **_access(kwargs))
+        index, commit = found.path, found.commit
+    else:
+        index, commit = _local_index(source.path, owner), None
+    family = _family(index, owner)
+    check_init_kwargs(kwargs, family.pipeline_class, owner=owner)
+    return Origin.of_source(source, commit), family
+
+
+def _local_index(folder: Path, owner: str) -> Path:
+    if not folder.is_dir():
+        raise SourceError(f"{owner}: there is no folder {str(folder)!r}. Check the spelling.")
+    if not (folder / INDEX).is_file():
         raise ValueError(
-            f"`model`: the folder {str(model)!r} has no `model_index.json`. Pass the folder of a whole pipeline, as "
+            f"`{owner}`: the folder {str(folder)!r} has no `{INDEX}`. Pass the folder of a whole pipeline, as "
             "`pipeline.save_pretrained` writes it."
         )
-    return Origin.of_source(source, None)
+    return folder / INDEX
+
+
+def _family(index: Path, owner: str) -> ModelFamily:
+    try:
+        class_name = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"`{owner}`: {str(index)!r} is no index of a pipeline: {error!r}. Download it again."
+        ) from error
+    return family_named(class_name, owner)
 
 
 def load_pipeline(
-    model: str | Path | StableDiffusion3Pipeline,
+    model: str | Path | DiffusionPipeline,
     dtype: torch.dtype,
     init_kwargs: dict[str, Any] | None = None,
     *,
-    origin: Origin | None = None,
-) -> StableDiffusion3SDEPipeline:
+    origin: Origin,
+    family: ModelFamily,
+) -> DiffusionPipeline:
     """
     Loads the base pipeline, frozen; the VAE in float32 whatever the rest is in, as in the published recipe.
 
     Args:
-        model (`str` or `Path` or [`~diffusers.StableDiffusion3Pipeline`]):
+        model (`str` or `Path` or [`~diffusers.DiffusionPipeline`]):
             Hub id, local folder, or a pipeline in memory. Its components are used as they are: they are frozen, the
             transformer gets adapters, the VAE is converted to float32, and the text encoders move between devices.
         dtype (`torch.dtype`):
             Precision of the weights, unless `init_kwargs` has a `dtype` (a `torch.dtype` or its name).
         init_kwargs (`dict`, *optional*):
             Passed on to `from_pretrained`.
-        origin ([`Origin`], *optional*):
-            What [`check_pipeline`] returned, whose commit is loaded.
+        origin ([`Origin`]), family ([`ModelFamily`]):
+            What [`check_pipeline`] returned. The commit of the origin is loaded.
 
     Raises:
-        `ValueError`: the model is no SD3 pipeline, or its transformer has adapters already.
+        `ValueError`: the transformer has adapters already.
         `SourceError`: the model cannot be found or fetched.
     """
-    origin = origin or check_pipeline(model, init_kwargs)
-    if isinstance(model, StableDiffusion3Pipeline):
-        pipeline = StableDiffusion3SDEPipeline(**model.components)
+    if isinstance(model, DiffusionPipeline):
+        pipeline = family.pipeline_class(**model.components)
     else:
         kwargs = dict(init_kwargs or {})
         chosen = kwargs.pop("dtype", kwargs.pop("torch_dtype", dtype))
@@ -117,8 +127,8 @@ def load_pipeline(
         dtypes = chosen if isinstance(chosen, dict) else {"default": chosen, "vae": torch.float32}
         kwargs.pop("revision", None)
         local = parse_source(model, kind="model").path  # the cache of the Hub, if `origin` names a repository too
-        folder = local or fetch_pipeline(origin, kwargs)
-        pipeline = StableDiffusion3SDEPipeline.from_pretrained(folder, dtype=dtypes, **kwargs)
+        folder = local or fetch_pipeline(origin, family, kwargs)
+        pipeline = family.pipeline_class.from_pretrained(folder, dtype=dtypes, **kwargs)
         pipeline.register_to_config(_name_or_path=origin.repo_id or str(model))
     if adapters := getattr(pipeline.transformer, "peft_config", None):
         raise ValueError(
@@ -135,17 +145,17 @@ def load_pipeline(
     return pipeline
 
 
-def fetch_pipeline(origin: Origin, init_kwargs: dict[str, Any], *, owner: str = "model") -> Path:
+def fetch_pipeline(origin: Origin, family: ModelFamily, init_kwargs: dict[str, Any], *, owner: str = "model") -> Path:
     """
     Makes sure that the files which `from_pretrained` needs are on this machine, and returns their folder. What is
     downloaded now is checked; to read all that was in the cache again would take long for models of many gigabytes.
     """
     source, access = parse_source(origin.name), _access(init_kwargs)
-    index = fetch(source, "model_index.json", owner, commit=origin.commit, **access).path
+    index = fetch(source, INDEX, owner, commit=origin.commit, **access).path
     cached = set(index.parent.rglob("*"))
 
     def download() -> Path:
-        return Path(StableDiffusion3SDEPipeline.download(origin.repo_id, revision=origin.commit, **init_kwargs))
+        return Path(family.pipeline_class.download(origin.repo_id, revision=origin.commit, **init_kwargs))
 
     with hub_errors(source, owner):
         _keep_list_of_files(origin, access)
@@ -168,7 +178,7 @@ def _keep_list_of_files(origin: Origin, access: dict[str, Any]) -> None:
                 origin.repo_id,
                 revision=origin.commit,
                 cache_dir=access.get("cache_dir"),
-                allow_patterns="model_index.json",
+                allow_patterns=INDEX,
             )
 
 
@@ -176,46 +186,44 @@ def _access(init_kwargs: dict[str, Any]) -> dict[str, Any]:
     return {key: init_kwargs[key] for key in ("token", "cache_dir", "local_files_only") if key in init_kwargs}
 
 
-def latent_shape(
-    pipe: StableDiffusion3Pipeline, height: int | None = None, width: int | None = None
-) -> tuple[int, int, int]:
+def default_lora(target_modules: str | list[str] | None = None, **overrides: Any) -> LoraConfig:
     """
-    Channels, height and width of the latents of a image, by default of the model's own size.
+    The student's LoRA of the published recipe.
 
-    Raises:
-        `ValueError`: a size that the model cannot draw.
+    Args:
+        target_modules (`str` or `list[str]`, *optional*):
+            Modules that get a LoRA, such as the `lora_targets` of a [`ModelFamily`].
+        overrides:
+            Fields of [`~peft.LoraConfig`] to replace.
     """
-    default = pipe.default_sample_size * pipe.vae_scale_factor
-    multiple = pipe.vae_scale_factor * pipe.patch_size
-    size = {"height": height or default, "width": width or default}
-    for name, pixels in size.items():
-        if pixels % multiple:
-            raise ValueError(
-                f"`{name}` must be a multiple of {multiple} (VAE factor x patch size), but is {pixels}. Use "
-                f"{round(pixels / multiple) * multiple}."
-            )
-        if pixels // multiple > pipe.transformer.config.pos_embed_max_size:
-            most = pipe.transformer.config.pos_embed_max_size * multiple
-            raise ValueError(f"`{name}` must be at most {most} for this model, but is {pixels}.")
-    channels = pipe.transformer.config.in_channels
-    return channels, size["height"] // pipe.vae_scale_factor, size["width"] // pipe.vae_scale_factor
-
-
-def default_lora(**overrides: Any) -> LoraConfig:
-    """The student's LoRA of the published recipe, with fields of [`~peft.LoraConfig`] replaced by `overrides`."""
-    settings = {"r": 32, "lora_alpha": 64, "init_lora_weights": "gaussian", "target_modules": ATTENTION_TARGETS}
+    settings = {"r": 32, "lora_alpha": 64, "init_lora_weights": "gaussian", "target_modules": target_modules}
     return LoraConfig(**{**settings, **overrides})
 
 
-def add_student(transformer: nn.Module, peft_config: LoraConfig | None) -> dict[str, nn.Parameter]:
+def student_config(peft_config: LoraConfig | dict[str, Any] | None, family: ModelFamily) -> LoraConfig:
+    """
+    The student's LoRA.
+
+    Args:
+        peft_config (`LoraConfig` or `dict`, *optional*):
+            The LoRA, or the fields in which it differs from [`default_lora`] on the family's targets, the default.
+        family ([`ModelFamily`]):
+            Family of the base.
+    """
+    if isinstance(peft_config, LoraConfig):
+        return peft_config
+    return default_lora(**{"target_modules": family.lora_targets, **(peft_config or {})})
+
+
+def add_student(transformer: nn.Module, peft_config: LoraConfig) -> dict[str, nn.Parameter]:
     """
     Adds the student's LoRA as the active, trainable adapter `"default"`, in float32 whatever the base is in.
 
     Args:
         transformer (`torch.nn.Module`):
             The base transformer, frozen.
-        peft_config (`LoraConfig`, *optional*):
-            By default [`default_lora`].
+        peft_config (`LoraConfig`):
+            From [`student_config`].
 
     Returns:
         `dict[str, torch.nn.Parameter]`: the parameters to train, by name.
@@ -223,7 +231,6 @@ def add_student(transformer: nn.Module, peft_config: LoraConfig | None) -> dict[
     Raises:
         `ValueError`: a config that trains or changes anything beside LoRA matrices, or with dropout.
     """
-    peft_config = peft_config or default_lora()
     check_options(peft_config.to_dict(), "`peft_config`", "the student")
     if peft_config.lora_dropout:
         raise ValueError(

@@ -4,10 +4,11 @@
 from collections.abc import Callable, Iterable
 
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from ..utils.hardware import on_device
+from .family import ModelFamily, Prompt
 from .velocity import Conditioning
 
 
@@ -15,15 +16,17 @@ class PromptEncoder:
     """
     Embeddings of prompts, encoded in chunks and kept in CPU memory.
 
-    The empty negative prompt is always there, so that a guidance scale above 1 never runs without it.
+    The negative prompt of the family is always there, so that guidance never runs without it.
 
     Args:
-        pipeline ([`~diffusers.StableDiffusion3Pipeline`]):
+        pipeline ([`~diffusers.DiffusionPipeline`]):
             Owner of tokenizers and text encoders.
+        family ([`ModelFamily`]):
+            How it encodes.
         device (`torch.device`):
             Where prompts are encoded and conditionings are put.
         max_sequence_length (`int`):
-            Length of the T5 prompt in tokens.
+            Length of a prompt in tokens.
         batch_size (`int`):
             Prompts encoded at once.
         offload (`bool`):
@@ -34,7 +37,8 @@ class PromptEncoder:
 
     def __init__(
         self,
-        pipeline: StableDiffusion3Pipeline,
+        pipeline: DiffusionPipeline,
+        family: ModelFamily,
         device: torch.device,
         *,
         max_sequence_length: int,
@@ -43,37 +47,34 @@ class PromptEncoder:
         show_progress: bool = True,
     ):
         self.pipeline = pipeline
+        self.family = family
         self.device = device
         self.max_sequence_length = max_sequence_length
         self.batch_size = batch_size
         self.offload = offload
         self.show_progress = show_progress
         self._chunk = None
-        self._embeddings: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._embeddings: dict[str, Prompt] = {}
 
     @torch.no_grad()
-    def encode(self, prompts: Iterable[str]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Embeddings `[L, D]` and pooled embeddings `[P]` of each distinct prompt, on the CPU."""
+    def encode(self, prompts: Iterable[str]) -> dict[str, Prompt]:
+        """Embeddings of each distinct prompt, on the CPU."""
         prompts = list(dict.fromkeys(prompts))
-        pipe, encoded = self.pipeline, {}
+        encoded: dict[str, Prompt] = {}
         starts = tqdm(
             range(0, len(prompts), self.batch_size),
             desc="Encoding prompts",
             disable=not self.show_progress or len(prompts) <= self.batch_size,
             leave=False,
         )
-        with on_device((pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3), self.device, self.offload):
+        encoders = [getattr(self.pipeline, name) for name in self.family.text_encoders]
+        with on_device(encoders, self.device, self.offload):
             for start in starts:
                 batch = prompts[start : start + self.batch_size]
-                embeds, _, pooled, _ = pipe.encode_prompt(
-                    batch,
-                    None,
-                    None,
-                    device=self.device,
-                    do_classifier_free_guidance=False,
-                    max_sequence_length=self.max_sequence_length,
+                embeddings = self.family.encode(
+                    self.pipeline, list(batch), device=self.device, max_sequence_length=self.max_sequence_length
                 )
-                encoded.update(zip(batch, zip(embeds.cpu(), pooled.cpu(), strict=True), strict=True))
+                encoded.update(zip(batch, embeddings, strict=True))
         return encoded
 
     def prepare(self, chunk: object, prompts: Callable[[], Iterable[str]]) -> None:
@@ -84,14 +85,12 @@ class PromptEncoder:
         if self._chunk == chunk:
             return
         self._embeddings.clear()
-        self._embeddings = self.encode([*prompts(), ""])
+        self._embeddings = self.encode([*prompts(), self.family.negative_prompt])
         self._chunk = chunk
 
     def conditioning(self, prompts: list[str]) -> Conditioning:
         """Conditioning of a batch on the device. Prompts outside of the current chunk are encoded on the spot."""
-        known = self._embeddings
-        if missing := [prompt for prompt in [*prompts, ""] if prompt not in known]:
+        known, negative = self._embeddings, self.family.negative_prompt
+        if missing := [prompt for prompt in [*prompts, negative] if prompt not in known]:
             known = {**known, **self.encode(missing)}
-        embeds, pooled = (torch.stack(tensors) for tensors in zip(*(known[p] for p in prompts), strict=True))
-        negative, pooled_negative = known[""]
-        return Conditioning(embeds, pooled, negative[None], pooled_negative[None]).to(self.device)
+        return Conditioning(self.family, [known[prompt] for prompt in prompts], known[negative], self.device)

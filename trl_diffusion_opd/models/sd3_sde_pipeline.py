@@ -14,12 +14,11 @@ from diffusers.image_processor import PipelineImageInput
 from diffusers.utils import BaseOutput
 
 from ..sampling.denoising import denoise, make_schedule
-from ..sampling.transitions import check_solver
-from .velocity import Conditioning, apply_guidance, predict
+from ..sampling.solvers import check_solver
+from .sd3 import StableDiffusion3
 
 
-# Four images of 512 x 512. The VAE of Stable Diffusion 3 takes 0.8 GB for each while it decodes, in float32.
-PIXELS_AT_ONCE = 4 * 512 * 512
+FAMILY = StableDiffusion3()
 
 
 @dataclass
@@ -161,27 +160,28 @@ class StableDiffusion3SDEPipeline(StableDiffusion3Pipeline):
         batch_size = (len(prompts) if prompts is not None else len(prompt_embeds)) * num_images_per_prompt
 
         # 2. Encode the prompts
-        conditioning = Conditioning(
-            *self._encode(
-                prompt=prompt,
-                prompt_2=prompt_2,
-                prompt_3=prompt_3,
-                negative_prompt=negative_prompt,
-                negative_prompt_2=negative_prompt_2,
-                negative_prompt_3=negative_prompt_3,
-                do_classifier_free_guidance=self.do_classifier_free_guidance,
-                prompt_embeds=prompt_embeds,
-                negative_prompt_embeds=negative_prompt_embeds,
-                pooled_prompt_embeds=pooled_prompt_embeds,
-                negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
-                device=device,
-                clip_skip=clip_skip,
-                num_images_per_prompt=num_images_per_prompt,
-                max_sequence_length=max_sequence_length,
-                lora_scale=self._joint_attention_kwargs.get("scale"),
-            )
+        positive, negative, pooled_positive, pooled_negative = self.encode_prompt(
+            prompt=prompt,
+            prompt_2=prompt_2,
+            prompt_3=prompt_3,
+            negative_prompt=negative_prompt,
+            negative_prompt_2=negative_prompt_2,
+            negative_prompt_3=negative_prompt_3,
+            do_classifier_free_guidance=self.do_classifier_free_guidance,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            pooled_prompt_embeds=pooled_prompt_embeds,
+            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
+            device=device,
+            clip_skip=clip_skip,
+            num_images_per_prompt=num_images_per_prompt,
+            max_sequence_length=max_sequence_length,
+            lora_scale=self._joint_attention_kwargs.get("scale"),
         )
-        embeds, pooled = conditioning.batch(guidance_scale)
+        embeds, pooled = positive, pooled_positive
+        if self.do_classifier_free_guidance:
+            embeds = torch.cat([negative.expand_as(positive), positive])
+            pooled = torch.cat([pooled_negative.expand_as(pooled_positive), pooled_positive])
 
         # 3. Prepare the initial noise
         latents = self.prepare_latents(
@@ -196,8 +196,9 @@ class StableDiffusion3SDEPipeline(StableDiffusion3Pipeline):
         )
 
         # 4. Prepare the schedule
-        image_seq_len = (latents.shape[-2] // self.patch_size) * (latents.shape[-1] // self.patch_size)
-        schedule = make_schedule(self.scheduler, num_inference_steps, sigmas, mu=mu, image_seq_len=image_seq_len)
+        if mu is None:
+            mu = FAMILY.mu(self, FAMILY.image_tokens(self, tuple(latents.shape[1:])), num_inference_steps)
+        schedule = make_schedule(self.scheduler, num_inference_steps, sigmas, mu=mu)
         timesteps = schedule.timesteps.to(device)
         self._num_timesteps = len(schedule)
 
@@ -209,24 +210,26 @@ class StableDiffusion3SDEPipeline(StableDiffusion3Pipeline):
         attention_kwargs = self._joint_attention_kwargs or None
 
         # 6. Denoising loop
-        def velocity(sample: torch.Tensor, index: int) -> torch.Tensor:
-            prediction = predict(self.transformer, sample, timesteps[index], embeds, pooled, attention_kwargs)
-            guided = apply_guidance(prediction, self.guidance_scale)  # a callback may have changed it
-            start, stop = (len(schedule) * f for f in (skip_layer_guidance_start, skip_layer_guidance_stop))
-            if skip_guidance_layers is None or not (self.do_classifier_free_guidance and start < index < stop):
-                return guided
-            skipped = predict(
-                self.transformer,
-                sample,
-                timesteps[index],
-                *conditioning.batch(1.0),
-                attention_kwargs,
-                skip_layers=skip_guidance_layers,
-            )
-            return guided + self._skip_layer_guidance_scale * (prediction.chunk(2)[1] - skipped)
+        start, stop = (len(schedule) * f for f in (skip_layer_guidance_start, skip_layer_guidance_stop))
 
-        steps = denoise(velocity, latents, schedule, solver=solver, noise_level=noise_level, generator=generator)
+        def predict(sample: torch.Tensor, timestep: torch.Tensor, embeds, pooled, **kwargs) -> torch.Tensor:
+            prompt = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+            kwargs["joint_attention_kwargs"] = attention_kwargs
+            return FAMILY.predict(self.transformer, sample, timestep, prompt, **kwargs)
+
+        def velocity(sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            prediction = predict(sample, timestep, embeds, pooled)
+            if not self.do_classifier_free_guidance:  # a callback may have changed it
+                return prediction
+            unconditional, conditional = prediction.chunk(2)
+            guided = FAMILY.guide(conditional, unconditional, self.guidance_scale)
+            if skip_guidance_layers is None or not start < len(log_probs) < stop:
+                return guided
+            skipped = predict(sample, timestep, positive, pooled_positive, skip_layers=skip_guidance_layers)
+            return guided + self._skip_layer_guidance_scale * (conditional - skipped)
+
         states, means, log_probs, stds = [latents.float()], [], [], []
+        steps = denoise(velocity, latents, schedule, solver=solver, noise_level=noise_level, generator=generator)
         with self.progress_bar(total=len(schedule)) as progress_bar:
             for step in steps:
                 log_probs.append(step.transition.log_prob(step.next_sample))
@@ -262,16 +265,6 @@ class StableDiffusion3SDEPipeline(StableDiffusion3Pipeline):
         )
         return output if return_dict else output.to_tuple()
 
-    def _encode(self, **kwargs) -> tuple[torch.Tensor | None, ...]:
-        """[`encode_prompt`], in the order of [`Conditioning`]'s fields."""
-        embeds, negative_embeds, pooled, negative_pooled = self.encode_prompt(**kwargs)
-        return embeds, pooled, negative_embeds, negative_pooled
-
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """
-        Decodes latents of shape `[B, C, H, W]` to images in `[-1, 1]`, of shape `[B, 3, H', W']`, so many at once as have
-        `PIXELS_AT_ONCE`.
-        """
-        latents = (latents / self.vae.config.scaling_factor + self.vae.config.shift_factor).to(self.vae.dtype)
-        number = max(1, PIXELS_AT_ONCE // (latents.shape[-1] * latents.shape[-2] * self.vae_scale_factor**2))
-        return torch.cat([self.vae.decode(part, return_dict=False)[0] for part in latents.split(number)])
+        """Decodes latents of shape `[B, C, H, W]` to images in `[-1, 1]`, of shape `[B, 3, H', W']`."""
+        return FAMILY.decode(self, latents)

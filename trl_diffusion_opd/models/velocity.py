@@ -1,94 +1,57 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The transformer as a velocity field: prompt conditioning, classifier-free guidance, and the module that is trained."""
+"""The module that is trained: a transformer as a velocity field, guidance included."""
 
-from dataclasses import dataclass, fields
-from typing import Any
+from functools import cached_property
 
 import torch
 from torch import nn
 
+from .family import ModelFamily, Prompt
 
-@dataclass
+
 class Conditioning:
     """
     Text conditioning of a batch of `B` prompts.
 
     Args:
-        prompt_embeds (`torch.Tensor`):
-            Of shape `[B, L, D]`.
-        pooled_prompt_embeds (`torch.Tensor`):
-            Of shape `[B, P]`.
-        negative_prompt_embeds (`torch.Tensor`, *optional*), negative_pooled_prompt_embeds (`torch.Tensor`, *optional*):
-            The same of the negative prompt, of shape `[B, ...]` or `[1, ...]`. Needed for a guidance scale above 1.
+        family ([`ModelFamily`]):
+            Whose embeddings these are.
+        prompts (`list[dict]`):
+            `B` encoded prompts.
+        negative (`dict`, *optional*):
+            The encoded negative prompt. Needed for guidance.
+        device (`torch.device`, *optional*):
+            Where to put them.
     """
 
-    prompt_embeds: torch.Tensor
-    pooled_prompt_embeds: torch.Tensor
-    negative_prompt_embeds: torch.Tensor | None = None
-    negative_pooled_prompt_embeds: torch.Tensor | None = None
+    def __init__(
+        self,
+        family: ModelFamily,
+        prompts: list[Prompt],
+        negative: Prompt | None = None,
+        device: torch.device | None = None,
+    ):
+        self.family = family
+        self.positive = _moved(family.collate(prompts), device)
+        self._negative, self._size, self._device = negative, len(prompts), device
 
-    def __len__(self) -> int:
-        return len(self.prompt_embeds)
-
-    def to(self, device: torch.device) -> "Conditioning":
-        tensors = (getattr(self, f.name) for f in fields(self))
-        return Conditioning(*(t if t is None else t.to(device, non_blocking=True) for t in tensors))
-
-    def batch(self, guidance_scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def batch(self, guidance_scale: float) -> tuple[Prompt, Prompt | None]:
         """
-        What the transformer takes: embeddings and pooled embeddings, `[negative, positive]` stacked along the batch if
-        `guidance_scale > 1`, the positive ones alone otherwise.
+        What [`VelocityModel`] takes: the prompts, and as many negative ones if this guidance needs them.
+
+        Raises:
+            `ValueError`: it needs them, and there are none.
         """
-        if not guidance_scale > 1:
-            return self.prompt_embeds, self.pooled_prompt_embeds
-        if self.negative_prompt_embeds is None:
+        return self.positive, self.negative if self.family.needs_negative(guidance_scale) else None
+
+    @cached_property
+    def negative(self) -> Prompt:
+        if self._negative is None:
             raise ValueError(
-                f"`guidance_scale={guidance_scale}` needs the embeddings of a negative prompt, but there are none. "
-                "Encode the empty prompt too, or set `guidance_scale=1.0`."
+                "Guidance needs the embeddings of a negative prompt, but there are none. Encode "
+                f"{self.family.negative_prompt!r} too, or set `guidance_scale=1.0`."
             )
-        negative = self.negative_prompt_embeds.expand_as(self.prompt_embeds)
-        pooled_negative = self.negative_pooled_prompt_embeds.expand_as(self.pooled_prompt_embeds)
-        return torch.cat([negative, self.prompt_embeds]), torch.cat([pooled_negative, self.pooled_prompt_embeds])
-
-
-def predict(
-    transformer: nn.Module,
-    sample: torch.Tensor,
-    timestep: torch.Tensor,
-    prompt_embeds: torch.Tensor,
-    pooled_prompt_embeds: torch.Tensor,
-    joint_attention_kwargs: dict[str, Any] | None = None,
-    **kwargs,
-) -> torch.Tensor:
-    """
-    Runs the transformer once on `sample`, repeated as often as the embeddings ask for.
-
-    Returns:
-        `torch.Tensor` of shape `[len(prompt_embeds), ...]`, in float32 at least.
-    """
-    repeats = len(prompt_embeds) // len(sample)
-    sample = sample.repeat(repeats, *[1] * (sample.ndim - 1))
-    timestep = timestep.repeat(repeats) if timestep.ndim else timestep.expand(len(sample))
-    # `transformer.dtype` walks over all modules, which on a small model takes as long as half a forward.
-    dtype = next(transformer.parameters()).dtype
-    output = transformer(
-        hidden_states=sample.to(dtype),
-        timestep=timestep,
-        encoder_hidden_states=prompt_embeds.to(dtype),
-        pooled_projections=pooled_prompt_embeds.to(dtype),
-        joint_attention_kwargs=joint_attention_kwargs,
-        return_dict=False,
-        **kwargs,
-    )[0]
-    return output.to(torch.promote_types(output.dtype, torch.float32))
-
-
-def apply_guidance(prediction: torch.Tensor, guidance_scale: float) -> torch.Tensor:
-    """`v = v_neg + g (v_pos - v_neg)` of a stacked `[negative, positive]` prediction; the prediction itself if `g <= 1`."""
-    if not guidance_scale > 1:
-        return prediction
-    negative, positive = prediction.chunk(2)
-    return negative + guidance_scale * (positive - negative)
+        return self.family.collate([_moved(self._negative, self._device)] * self._size)
 
 
 class VelocityModel(nn.Module):
@@ -99,13 +62,16 @@ class VelocityModel(nn.Module):
     DistributedDataParallel and autocast see, and so that there is no `config` for integrations to misread.
 
     Args:
-        transformer ([`~diffusers.SD3Transformer2DModel`]):
+        transformer (`torch.nn.Module`):
             With the LoRA adapters injected.
+        family ([`ModelFamily`]):
+            How it is called.
     """
 
-    def __init__(self, transformer: nn.Module):
+    def __init__(self, transformer: nn.Module, family: ModelFamily):
         super().__init__()
         self.transformer = transformer
+        self.family = family
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict | None = None, every_n_layers: int = 1, offload: bool = False
@@ -122,10 +88,18 @@ class VelocityModel(nn.Module):
         self,
         sample: torch.Tensor,  # [B, C, H, W]
         timestep: torch.Tensor,  # [] or [B]
-        prompt_embeds: torch.Tensor,  # [B or 2B, L, D], as made by `Conditioning.batch`
-        pooled_prompt_embeds: torch.Tensor,  # [B or 2B, P]
+        positive: Prompt,  # as made by `Conditioning.batch`
+        negative: Prompt | None,
         guidance_scale: float,
     ) -> torch.Tensor:
         """The velocity, of shape `[B, C, H, W]`."""
-        prediction = predict(self.transformer, sample, timestep, prompt_embeds, pooled_prompt_embeds)
-        return apply_guidance(prediction, guidance_scale)
+        return self.family.velocity(self.transformer, sample, timestep, positive, negative, guidance_scale)
+
+
+def _moved(prompt: Prompt, device: torch.device | None) -> Prompt:
+    def move(value: torch.Tensor | list[torch.Tensor] | None) -> torch.Tensor | list[torch.Tensor] | None:
+        if isinstance(value, list):
+            return [move(item) for item in value]
+        return value if value is None else value.to(device, non_blocking=True)
+
+    return {name: move(value) for name, value in prompt.items()}

@@ -5,10 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.benchmark.entries import lora_sha256
 from ..evaluation.benchmark.tables import REWARD_TITLES
 from ..hub.locations import Origin
 from ..lora.files import LoraWeights
+from ..lora.fingerprints import lora_sha256
 from .record import BenchmarkScore
 
 

@@ -9,16 +9,16 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..hub.locations import DIFFUSERS_WEIGHT_NAME
+from ..models.registry import DEFAULT_PIPELINE
 from ..utils.markdown import code, escape, fenced
 from . import card_sections as card_parts
 from .card_sections import benchmark_table
 from .model_index import model_index
-from .record import DEFAULT_PIPELINE, RunRecord
+from .record import RunRecord
 
 
 # What a LoRA gallery of the Hub looks for.
 _GALLERY_TAGS = ("text-to-image", "diffusers", "diffusers-training", "lora", "template:sd-lora")
-_SD35 = "stabilityai/stable-diffusion-3.5-"
 
 
 def render_card(
@@ -65,7 +65,6 @@ def front_matter(record: RunRecord, title: str, datasets: list[str], tags: list[
     base = record.base.repo_id
     origins = [prompts.origin for prompts in (*record.prompts, *record.eval_prompts)]
     datasets = [*(origin.repo_id for origin in origins if origin.repo_id is not None), *datasets]
-    sd35 = ["sd3.5", "sd3.5-diffusers"] if base and base.startswith(_SD35) else []
     results = model_index(record)
     return ModelCardData(
         library_name="diffusers",
@@ -76,7 +75,7 @@ def front_matter(record: RunRecord, title: str, datasets: list[str], tags: list[
         license_name=record.base_license.name,
         license_link=record.base_license.link,
         datasets=list(dict.fromkeys(datasets)) or None,
-        tags=[*_GALLERY_TAGS, *sd35, *record.tags, *tags],
+        tags=[*_GALLERY_TAGS, *record.tags, *tags],
         widget=[{"text": image.prompt, "output": {"url": image.file}} for image in record.gallery] or None,
         model_name=title if results else None,
         eval_results=results or None,

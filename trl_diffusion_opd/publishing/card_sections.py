@@ -7,6 +7,7 @@ from typing import Any
 
 from ..evaluation.gains import gains
 from ..hub.locations import Origin
+from ..sampling.solvers import SOLVERS
 from ..utils.markdown import code, enumeration, escape, hyperlink, table
 from .record import PromptSet, RunRecord
 
@@ -284,7 +285,8 @@ def _shortened(prompt: str) -> str:
 
 def _other_sampler(record: RunRecord) -> bool:
     """Whether images were drawn otherwise than a stock pipeline draws them."""
-    return bool(record.settings.get("eval_noise_level")) or record.settings.get("solver") == "dpm2"
+    solver = SOLVERS.get(record.settings.get("solver"))
+    return bool(record.settings.get("eval_noise_level")) or (solver is not None and not solver.is_euler_without_noise)
 
 
 def benchmark_table(record: RunRecord) -> str:

@@ -12,8 +12,6 @@ from ..utils.serialization import write_json
 
 
 RECORD_FILE = "run.json"
-DEFAULT_PIPELINE = "StableDiffusion3Pipeline"  # of records that name none
-PIPELINES = frozenset({DEFAULT_PIPELINE})  # those of diffusers that a LoRA of ours can be shown with
 
 
 @dataclass
@@ -179,7 +177,7 @@ class RunRecord:
         dtype (`str`, *optional*, defaults to `"bfloat16"`):
             Precision to load the pipeline in.
         pipeline_class (`str`, *optional*):
-            Class of diffusers to load the base with; [`DEFAULT_PIPELINE`] if it is not set.
+            Class of diffusers to load the base with; the first of [`models.registry.FAMILIES`] if it is not set.
         has_no_effect (`bool`, *optional*, defaults to `False`):
             Whether the LoRA that was saved changes nothing.
         settings (`dict`, *optional*):

@@ -10,7 +10,8 @@ from typing import Any
 from ..hub.download import fetch
 from ..hub.errors import SourceError, hub_errors, retried
 from ..hub.locations import DIFFUSERS_WEIGHT_NAME, PEFT_CONFIG_NAME, PEFT_WEIGHT_NAME, Origin, Source, parse_source
-from .record import DEFAULT_PIPELINE, PIPELINES, RECORD_FILE, RunRecord
+from ..models.registry import DEFAULT_PIPELINE, FAMILIES
+from .record import RECORD_FILE, RunRecord
 
 
 CARD_FILE = "README.md"
@@ -200,8 +201,8 @@ def _find_base(
 
 
 def _check_pipeline(name: str | None, base: str | Path) -> None:
-    if name not in PIPELINES:
-        known = " or ".join(map(repr, sorted(PIPELINES)))
+    if name not in FAMILIES:
+        known = " or ".join(map(repr, sorted(FAMILIES)))
         raise ValueError(f"`base`: {base} is a {name!r}, and the demo is made for a {known}.")
 
 

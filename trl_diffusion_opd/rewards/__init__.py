@@ -1,79 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rewards of images: the eight judges of the paper by name, and the class that your own can be built on."""
+"""Rewards of images: the eight of the paper by name, and the class that your own can be built on."""
 
 import importlib
-from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .registry import REWARDS, load_reward, reward_class
 
 
 if TYPE_CHECKING:
-    import torch
-
     from .base import Reward
-    from .base import WeightedSum as WeightedSum
-    from .base import weighted_sum as weighted_sum
+    from .sums import WeightedSum, weighted_sum
 
-# Name -> "module:Class", imported by `load_reward`.
-REWARDS = {
-    "geneval": "geneval:GenEvalReward",
-    "ocr": "ocr:OCRReward",
-    "pickscore": "pickscore:PickScoreReward",
-    "clipscore": "clipscore:ClipScoreReward",
-    "hpsv2": "hpsv2:HPSv2Reward",
-    "aesthetic": "aesthetic:AestheticReward",
-    "imagereward": "imagereward:ImageRewardReward",
-    "unifiedreward": "unifiedreward:UnifiedRewardReward",
-}
 __all__ = ["REWARDS", "Reward", "WeightedSum", "load_reward", "reward_class", "weighted_sum"]
-
-
-def reward_class(name: str) -> "type[Reward]":
-    """
-    The class of a reward by name.
-
-    Raises:
-        `ValueError`: there is no reward of this name.
-    """
-    if name not in REWARDS:
-        close = get_close_matches(name, REWARDS, n=2)
-        hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
-        raise ValueError(f"There is no reward {name!r}.{hint} The rewards are {', '.join(REWARDS)}.")
-    module, class_name = REWARDS[name].split(":")
-    return getattr(importlib.import_module(f".{module}", __name__), class_name)
-
-
-def load_reward(
-    name: str,
-    *,
-    device: "torch.device | str | None" = None,
-    dtype: "torch.dtype | str | None" = None,
-    batch_size: int | None = None,
-    **options: Any,
-) -> "Reward":
-    """
-    Builds a reward by name. Its models are loaded at the first score, or by [`~rewards.base.Reward.load`].
-
-    Args:
-        name (`str`):
-            One of [`REWARDS`].
-        device (`torch.device` or `str`, *optional*):
-            Where its models run; by default the current accelerator, or the CPU.
-        dtype (`torch.dtype` or `str`, *optional*):
-            Precision of its models; by default that of the published scores.
-        batch_size (`int`, *optional*):
-            Images scored at once; the default depends on the reward.
-        options:
-            What the reward takes itself, such as `model_name_or_path`.
-
-    Raises:
-        `ValueError`: there is no reward of this name.
-        `ImportError`: a package that the reward needs is not installed.
-    """
-    return reward_class(name)(device=device, dtype=dtype, batch_size=batch_size, **options)
+# torch takes seconds to import, and the command line needs only the names.
+_LAZY = {"Reward": "base", "WeightedSum": "sums", "weighted_sum": "sums"}
 
 
 def __getattr__(name: str):
-    # torch takes seconds to import, and the command line needs only the names.
-    if name in ("Reward", "WeightedSum", "weighted_sum"):
-        return getattr(importlib.import_module(".base", __name__), name)
+    if name in _LAZY:
+        return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

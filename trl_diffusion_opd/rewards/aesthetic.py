@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Aesthetic: LAION's predictor of how people rate a image, whatever the prompt."""
+"""Aesthetic: LAION's predictor of how people rate an image, whatever the prompt."""
 
 from pathlib import Path
 from typing import Any

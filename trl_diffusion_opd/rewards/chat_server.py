@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Asking a vision-language model behind an OpenAI-compatible server, such as vLLM or SGLang, about a image."""
+"""Asking a vision-language model behind an OpenAI-compatible server, such as vLLM or SGLang, about an image."""
 
 import base64
 import io
@@ -8,6 +8,7 @@ import os
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from http.client import HTTPException
 from typing import Any
 
@@ -43,6 +44,9 @@ class ChatServer:
     """
     A model behind an OpenAI-compatible server. May be used by several threads.
 
+    Not `huggingface_hub.InferenceClient`: that one follows redirects, within a host with the key and to another host with
+    the image, and without a key it sends the user's token of the Hub.
+
     Args:
         base_url (`str`):
             Address up to and with the version, as `http://localhost:8000/v1`.
@@ -54,6 +58,8 @@ class ChatServer:
             Seconds to wait for an answer.
         max_retries (`int`, *optional*, defaults to `4`):
             How often a request is repeated where the server is busy, broken or silent.
+        sleep (`Callable[[float], None]`, *optional*, defaults to `time.sleep`):
+            What waits before a request is repeated, given the seconds.
 
     Raises:
         `ValueError`: an address without `http`, or a variable that is not set.
@@ -67,6 +73,7 @@ class ChatServer:
         api_key_env: str | None = None,
         timeout: float = 120.0,
         max_retries: int = 4,
+        sleep: Callable[[float], None] = time.sleep,
     ):
         if not base_url.startswith(("http://", "https://")):
             raise ValueError(f"`base_url` must start with `http://` or `https://`, but is {base_url!r}.")
@@ -79,6 +86,7 @@ class ChatServer:
         self.api_key_env = api_key_env
         self.timeout = timeout
         self.max_retries = max_retries
+        self.sleep = sleep
         self._opener = urllib.request.build_opener(_NoRedirect)
 
     def check(self) -> None:
@@ -103,7 +111,7 @@ class ChatServer:
 
     def ask(self, image: Image.Image, text: str, *, max_tokens: int) -> str:
         """
-        The answer to a text about a image, at temperature 0.
+        The answer to a text about an image, at temperature 0.
 
         Raises:
             `ChatError`: there is no answer to this request.
@@ -135,7 +143,7 @@ class ChatServer:
         request = urllib.request.Request(self.base_url + path, data, headers)
         for attempt in range(self.max_retries + 1):
             if attempt:
-                time.sleep(FIRST_DELAY * 2 ** (attempt - 1))
+                self.sleep(FIRST_DELAY * 2 ** (attempt - 1))
             try:
                 with self._opener.open(request, timeout=self.timeout) as response:
                     return json.loads(response.read())

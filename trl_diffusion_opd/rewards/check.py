@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from . import REWARDS, load_reward, reward_class
+from ..utils.markdown import table
+from .registry import REWARDS, load_reward, reward_class
 
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def as_images(images: Iterable[Image.Image]) -> torch.Tensor:
 
 
 def check_text(reward: "Reward") -> Check:
-    """A word that is drawn is read, and no word is read in a image without one."""
+    """A word that is drawn is read, and no word is read in an image without one."""
     images = as_images([draw("Hello World"), draw("Hello World"), draw()])
     prompts = ['a sign that says "Hello World"', 'a sign that says "Grand Opening"', 'a sign that says "Hello World"']
     right, wrong, blank = reward(images, prompts)
@@ -215,11 +216,8 @@ def check_rewards(rewards: "Iterable[str | Reward]" = (), device: torch.device |
 
 def as_table(checks: list[Check]) -> str:
     """The checks as a Markdown table."""
-    lines = ["| reward | status | score | expected | source |", "|---|---|---|---|---|"]
-    for check in checks:
-        cells = (check.name, check.status, check.score, check.expected, check.source)
-        lines.append("| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines)
+    rows = [[check.name, check.status, check.score, check.expected, check.source] for check in checks]
+    return table(["reward", "status", "score", "expected", "source"], rows)
 
 
 def main(names: Iterable[str] = (), check: bool = False, device: str | None = None) -> None:

@@ -3,18 +3,27 @@
 
 import asyncio
 import inspect
+import logging
 import math
+import time
 from collections.abc import Awaitable, Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from threading import Lock, Thread
 from typing import Any
 
 import torch
 
 from ..data.rounds import Prompts, TaskBatch
-from . import load_reward
 from .base import Reward
+from .registry import load_reward
 
+
+logger = logging.getLogger(__name__)
+
+# Seconds for the scores of a batch: less than the 1800 after which other processes stop waiting (`ddp_timeout`).
+REWARD_TIMEOUT = 900.0
+# Seconds after which it is said what is waited for.
+_PATIENCE = 60.0
 
 # `f(images, prompts, **columns) -> scores`: images as a float tensor `[B, 3, H, W]` in `[0, 1]`, the other columns of
 # the dataset as lists, and one number per image (`None` or NaN where scoring failed). May be async.
@@ -28,7 +37,7 @@ def normalize_reward_funcs(
     Brings the reward functions into the form `{task: [callable, ...]}`; names of built-in rewards are looked up.
 
     Raises:
-        `ValueError`: a task that is not trained, or something that cannot be called.
+        `ValueError`: a task that is not trained, or something that cannot be called with images and prompts.
     """
     normalized = {}
     for task, funcs in reward_funcs.items():
@@ -44,7 +53,28 @@ def normalize_reward_funcs(
                     f"`reward_funcs[{task!r}]` must be callables `f(images, prompts, **columns) -> list[float]`, but "
                     f"one is {func!r}."
                 )
+            _check_arguments(func, task)
     return normalized
+
+
+def _check_arguments(func: RewardFunc, task: str) -> None:
+    """Raises a `ValueError` for a function that takes other arguments, those of TRL's text rewards above all."""
+    try:
+        signature = inspect.signature(func)
+    except (TypeError, ValueError):  # some that are written in C have none
+        return
+    names = list(signature.parameters)
+    try:
+        signature.bind_partial(None, None)
+        fits = "completions" not in names and names[0] not in ("prompt", "prompts")
+    except TypeError:
+        fits = False
+    if not fits:
+        hint = " `completions` are what text models write: here, images are scored." if "completions" in names else ""
+        raise ValueError(
+            f"`reward_funcs[{task!r}]` has {reward_name(func)!r}, which takes {signature}.{hint} Write it as `f(images, "
+            "prompts, **columns) -> list[float]`."
+        )
 
 
 def check_columns(
@@ -73,11 +103,34 @@ def check_columns(
 
 @torch.no_grad()  # which holds for one thread only
 def reward_columns(
-    funcs: list[RewardFunc], images: torch.Tensor, batch: TaskBatch, weights: list[float] | None = None
+    funcs: list[RewardFunc],
+    images: torch.Tensor,
+    batch: TaskBatch,
+    weights: list[float] | None = None,
+    *,
+    timeout: float | None = REWARD_TIMEOUT,
 ) -> dict[str, list[float]]:
     """
-    Scores of a batch of images: `reward`, their weighted sum, and with several functions `reward/<name>` of each. NaN
-    where one failed.
+    Scores a batch of images.
+
+    Args:
+        funcs (`list[Callable]`):
+            The reward functions of the task.
+        images (`torch.Tensor`):
+            `[B, 3, H, W]`, in `[0, 1]`.
+        batch ([`TaskBatch`]):
+            The task, and the prompts and other columns of the images.
+        weights (`list[float]`, *optional*):
+            Weight of each function; 1 by default.
+        timeout (`float`, *optional*, defaults to 900):
+            Seconds that a function may take; `None` to wait for ever. Loading the models of a [`Reward`] does not count.
+
+    Returns:
+        `dict[str, list[float]]`: `reward`, the weighted sum, and with several functions `reward/<name>` of each. NaN
+        where one failed.
+
+    Raises:
+        `TimeoutError`: a function took longer. `TypeError`, `ValueError`: it did not return one number per image.
     """
     extra: dict[str, list[Any]] = {
         name: [row.get(name) for row in batch.rows]  # rows of a stream need not have the same columns
@@ -87,9 +140,9 @@ def reward_columns(
     columns = {}
     for index, func in enumerate(funcs):
         name = reward_name(func)
-        values = func(images, batch.prompts, **extra)
-        if inspect.isawaitable(values):
-            values = asyncio.run_coroutine_threadsafe(_awaited(values), _event_loop()).result()
+        if isinstance(func, Reward):
+            func.load()
+        values = _call(func, (images, batch.prompts), extra, f"the reward {name!r} of task {batch.task!r}", timeout)
         if not hasattr(values, "__len__"):
             raise TypeError(
                 f"The reward function {name!r} of task {batch.task!r} returned {type(values).__name__}. It must return a "
@@ -110,6 +163,42 @@ def reward_columns(
 def reward_name(func: RewardFunc) -> str:
     """What a reward function is called in logs and tables."""
     return getattr(func, "__name__", type(func).__name__)
+
+
+def _call(func: RewardFunc, arguments: tuple, columns: dict[str, list], what: str, timeout: float | None) -> Any:
+    """
+    What a reward function returns, plain or async. It runs in a thread of its own, which nothing waits for any more
+    once the time is over, without gradients and on the device of who asks.
+    """
+    result: Future[Any] = Future()
+    device = torch.accelerator.current_device_index() if torch.accelerator.is_available() else None
+
+    def run() -> None:
+        try:
+            if device is not None:
+                torch.accelerator.set_device_index(device)
+            with torch.no_grad():
+                values = func(*arguments, **columns)
+            if inspect.isawaitable(values):
+                values = asyncio.run_coroutine_threadsafe(_awaited(values), _event_loop()).result()
+            result.set_result(values)
+        except BaseException as error:  # for who waits for the result
+            result.set_exception(error)
+
+    start = time.monotonic()
+    Thread(target=run, name=what, daemon=True).start()
+    if timeout is None or timeout > _PATIENCE:
+        wait([result], _PATIENCE)
+        if not result.done():
+            limit = "there is no limit" if timeout is None else f"`reward_timeout` is {timeout:g} s"
+            logger.warning(f"Still waiting for {what} after {_PATIENCE:g} s ({limit}).")
+    wait([result], None if timeout is None else max(0.0, start + timeout - time.monotonic()))
+    if not result.done():
+        raise TimeoutError(
+            f"Gave up on {what}: no scores for {len(arguments[0])} images within {timeout:g} s. Find out where it hangs, "
+            "or raise `reward_timeout` (None waits for ever)."
+        )
+    return result.result()
 
 
 async def _awaited(scores: Awaitable[list[float]]) -> list[float]:

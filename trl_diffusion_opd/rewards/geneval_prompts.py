@@ -21,7 +21,7 @@ def geneval_prompts(
     num_per_tag: int | Mapping[str, int] = 100, *, seed: int = 43, unique: bool = True, without: Collection[str] = ()
 ) -> list[dict[str, Any]]:
     """
-    Draws prompts with what they demand of a image.
+    Draws prompts with what they demand of an image.
 
     Args:
         num_per_tag (`int` or `Mapping[str, int]`, *optional*, defaults to `100`):

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from . import REWARDS
+from .registry import REWARDS
 
 
 def locate(value: Any, recipe: Path | None) -> Any:
@@ -19,12 +19,19 @@ def locate(value: Any, recipe: Path | None) -> Any:
     return str(found) if found.exists() else value
 
 
+def locate_function(spec: str, recipe: Path | None) -> str:
+    """`file.py:function` with the file as [`locate`] finds it; any other reward as it is."""
+    module, separator, name = spec.rpartition(":")
+    return f"{locate(module, recipe)}{separator}{name}"
+
+
 def find_reward(spec: str, recipe: Path | None = None) -> Callable | str:
     """The function that a recipe names, or the name of a built-in reward."""
-    if spec in REWARDS:
-        return spec
-    module, separator, name = spec.rpartition(":")
-    return load_function(f"{locate(module, recipe)}{separator}{name}")
+    if not isinstance(spec, str):
+        raise ValueError(
+            f"A reward is the name of a built-in one or of a function, as `module:function`, but is {spec!r}."
+        )
+    return spec if spec in REWARDS else load_function(locate_function(spec, recipe))
 
 
 def load_function(spec: str) -> Callable:

@@ -48,7 +48,7 @@ def clip_pixels(
     """
     CLIP's own preprocessing: shorter edge to `size` (PIL, bicubic), center crop, normalization.
 
-    Equal to `transformers.CLIPImageProcessorPil`, or with `center=round` to `torchvision.transforms` `Resize`,
+    Equal to `transformers.CLIPImageProcessorPil` to the bit, or with `center=round` to `torchvision.transforms` `Resize`,
     `CenterCrop` and `Normalize` on PIL's images: the two libraries round the margin of the crop differently.
 
     Returns:

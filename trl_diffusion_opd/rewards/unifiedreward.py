@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""UnifiedReward: a vision-language model judges image and caption in words, and its number is read from these."""
+"""UnifiedReward: a vision-language model grades image and caption in words, and its number is read from these."""
 
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +19,7 @@ from .preprocessing import to_pil
 MAX_NEW_TOKENS = 512
 IMAGE_SIZE = 512
 MAX_SCORE = 5.0
-INSTRUCTION = """A image was made from a text caption. Judge the image in two respects:
+INSTRUCTION = """An image was made from a text caption. Judge the image in two respects:
 1. Caption: does it show what the caption says? Look at the objects, their number, attributes and relations.
 2. Quality: is it well made? Look at sharpness, detail, colors and beauty.
 First go through the elements of the caption, one per line, as 'element (type): 1' if the image shows it and \
@@ -42,7 +42,8 @@ class UnifiedRewardReward(Reward):
     UnifiedReward (https://huggingface.co/papers/2503.05236): an answer of 1 to 5, divided by 5.
 
     The model runs here or behind an OpenAI-compatible server. The published numbers are of `UnifiedReward-7b-v1.5`,
-    which transformers cannot load: other models are other judges, and their scores do not compare with those.
+    which transformers cannot load, told what to look at by the authors' instruction; here the instruction is in our own
+    words. With another model or instruction scores do not compare with published ones.
 
     Args:
         model_name_or_path (`str` or `Path`, *optional*, defaults to `"CodeGoat24/UnifiedReward-qwen-7b"`):

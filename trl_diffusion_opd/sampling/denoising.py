@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one denoising loop, shared by the pipeline's `__call__`, by training and by evaluation."""
+"""Schedules and denoising, shared by the pipeline's `__call__`, by training and by evaluation."""
 
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift, retrieve_timesteps
 
+from .schedulers import check_scheduler
 from .transitions import Transition, transition
 
 
@@ -37,13 +38,12 @@ def make_schedule(
     sigmas: list[float] | None = None,
     *,
     mu: float | None = None,
-    image_seq_len: int | None = None,
 ) -> Schedule:
     """
     The scheduler's own schedule, exactly as `set_timesteps` makes it, without touching the scheduler's state.
 
-    For SD3.5 (shift 3) and 10 steps this is 1, .9601, .9133, .8577, .7904, .7073, .6022, .4649, .2780, .0089, 0: the
-    scheduler shifts its smallest sigma a second time.
+    With a static shift of 3 and 10 steps this is 1, .9601, .9133, .8577, .7904, .7073, .6022, .4649, .2780, .0089, 0:
+    the scheduler shifts its smallest sigma a second time.
 
     Args:
         scheduler ([`~diffusers.FlowMatchEulerDiscreteScheduler`]):
@@ -52,26 +52,16 @@ def make_schedule(
             `N`. Ignored if `sigmas` are given.
         sigmas (`list[float]`, *optional*):
             Noise levels before the scheduler's shift, instead of its own.
-        mu (`float`, *optional*), image_seq_len (`int`, *optional*):
-            The shift of a scheduler with `use_dynamic_shifting`, or the number of patches it is computed from.
+        mu (`float`, *optional*):
+            The shift of a scheduler with `use_dynamic_shifting`.
+
+    Raises:
+        `ValueError`: a scheduler that the solvers cannot follow, see [`schedulers.check_scheduler`].
     """
+    check_scheduler(scheduler)
     scheduler = copy.deepcopy(scheduler)
-    config = scheduler.config
-    if config.get("use_dynamic_shifting") and mu is None:
-        mu = calculate_shift(
-            image_seq_len,
-            config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5),
-            config.get("max_shift", 1.16),
-        )
-    retrieve_timesteps(
-        scheduler,
-        num_inference_steps,
-        device="cpu",
-        sigmas=sigmas,
-        **({} if mu is None else {"mu": mu}),
-    )
+    levels = {"num_inference_steps": num_inference_steps} if sigmas is None else {"sigmas": sigmas}
+    scheduler.set_timesteps(**levels, device="cpu", **({} if mu is None else {"mu": mu}))
     return Schedule(scheduler.sigmas.float(), scheduler.timesteps)
 
 
@@ -100,22 +90,11 @@ class DenoisingStep:
     next_sample: torch.Tensor
 
 
-def denoise(
-    velocity: Callable[[torch.Tensor, int], torch.Tensor],
-    sample: torch.Tensor,
-    schedule: Schedule,
-    *,
-    solver: str = "flow",
-    noise_level: float = 0.0,
-    generator: torch.Generator | list[torch.Generator] | None = None,
-    num_steps: int | None = None,
-) -> Iterator[DenoisingStep]:
+class Trajectory:
     """
-    Rolls the model out on its own trajectory, one step at each `next()`.
+    A rollout, one step at a time: ask a model for the velocity at `sample` and `timestep`, then take a `step` with it.
 
     Args:
-        velocity (`Callable`):
-            `velocity(sample, index)`, the model: the velocity at state `sample` and `schedule.sigmas[index]`.
         sample (`torch.Tensor`):
             Initial noise, of shape `[B, ...]`. States are kept in float32 (or float64), whatever the model computes in.
         schedule ([`Schedule`]):
@@ -124,28 +103,78 @@ def denoise(
             See [`transitions.transition`].
         generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
             Source of the injected noise, for the batch or for each sample.
+
+    Attributes:
+        index (`int`):
+            Number of steps taken.
+        sample (`torch.Tensor`):
+            The state that was reached, detached. Set it to continue from another one.
+    """
+
+    def __init__(
+        self,
+        sample: torch.Tensor,
+        schedule: Schedule,
+        *,
+        solver: str = "flow",
+        noise_level: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ):
+        self.index = 0
+        self.sample = sample.detach().to(torch.promote_types(sample.dtype, torch.float32))
+        self.solver, self.noise_level, self.generator = solver, noise_level, generator
+        self._sigmas = schedule.sigmas.tolist()
+        self._timesteps = schedule.timesteps.to(sample.device)
+        self._history = None
+
+    @property
+    def timestep(self) -> torch.Tensor:
+        """What the model is told at `sample`, a scalar: `1000 * sigma`."""
+        return self._timesteps[self.index]
+
+    def step(self, velocity: torch.Tensor) -> DenoisingStep:
+        """Takes the next step with the velocity at `sample`, of the same shape."""
+        taken = transition(
+            self.solver,
+            self.sample,
+            velocity,
+            self._sigmas[self.index],
+            self._sigmas[self.index + 1],
+            noise_level=self.noise_level,
+            sigma_max=self._sigmas[1],
+            history=self._history,
+        )
+        step = DenoisingStep(self.index, self.sample, velocity, taken, taken.sample(self.generator).detach())
+        self._history = taken.history
+        self.sample, self.index = step.next_sample.to(self.sample.dtype), self.index + 1
+        return step
+
+
+def denoise(
+    velocity: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    sample: torch.Tensor,
+    schedule: Schedule,
+    *,
+    num_steps: int | None = None,
+    **kwargs: Any,
+) -> Iterator[DenoisingStep]:
+    """
+    Rolls a model out on its own trajectory, one step at each `next()`.
+
+    Args:
+        velocity (`Callable`):
+            `velocity(sample, timestep)`, the model.
+        sample (`torch.Tensor`), schedule ([`Schedule`]), kwargs:
+            See [`Trajectory`].
         num_steps (`int`, *optional*):
             Stop after this many steps; all of them by default.
 
     Yields:
-        [`DenoisingStep`]: the state visited, the velocity there and the step's transition.
+        [`DenoisingStep`]: the state visited, the velocity there and the step's transition. The next step starts from its
+        `next_sample`, which may be set.
     """
-    sample = sample.detach().to(torch.promote_types(sample.dtype, torch.float32))
-    sigmas = schedule.sigmas.tolist()
-    history = None
-    for index in range(len(schedule) if num_steps is None else num_steps):
-        predicted = velocity(sample, index)
-        step = transition(
-            solver,
-            sample,
-            predicted,
-            sigmas[index],
-            sigmas[index + 1],
-            noise_level=noise_level,
-            sigma_max=sigmas[1],
-            history=history,
-        )
-        history = step.history
-        state = DenoisingStep(index, sample, predicted, step, step.sample(generator).detach())
-        yield state
-        sample = state.next_sample.to(sample.dtype)
+    trajectory = Trajectory(sample, schedule, **kwargs)
+    for _ in range(len(schedule) if num_steps is None else num_steps):
+        step = trajectory.step(velocity(trajectory.sample, trajectory.timestep))
+        yield step
+        trajectory.sample = step.next_sample.to(trajectory.sample.dtype)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-One denoising step of a flow-matching model as a Gaussian transition, for six solvers.
+One denoising step of a flow-matching model as a Gaussian transition, for every solver of [`SOLVERS`].
 
 Conventions: `x_sigma = (1 - sigma) x_0 + sigma eps`, the network predicts the velocity `v = eps - x_0`, and a sampler
 walks `sigma` from 1 down to 0. With `s` the current sigma, `t` the next one and `dt = t - s < 0`, the mean of every
@@ -16,13 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-
-SOLVERS = ("flow", "dance", "cps", "ddim", "dpm1", "dpm2")
-DETERMINISTIC_SOLVERS = ("dpm1", "dpm2")
-# Below this distance from 1, `sigma` counts as 1: schedules are computed in float32.
-_SIGMA_ONE = 1.0 - 1e-6
-# Stands in for log(0) at both ends of the schedule.
-_TINY = 1e-30
+from .solvers import SOLVERS, check_solver
 
 
 @dataclass
@@ -118,7 +112,8 @@ def transition(
 
     Args:
         solver (`str`):
-            `"flow"` (Eq. 5-9 of the paper), `"dance"`, `"cps"`, `"ddim"`, `"dpm1"` or `"dpm2"`.
+            A name of [`solvers.SOLVERS`]: `"flow"` (Eq. 5-9 of the paper), `"dance"`, `"cps"`, `"ddim"`, `"dpm1"` or
+            `"dpm2"`.
         sample (`torch.Tensor`):
             State `x` at `sigma`, of shape `[B, ...]` with any trailing shape (images, video).
         velocity (`torch.Tensor`):
@@ -146,67 +141,15 @@ def transition(
 
     dtype = torch.promote_types(torch.promote_types(sample.dtype, velocity.dtype), torch.float32)
     x, v = sample.to(dtype), velocity.to(dtype)
-    dt = t - s
-    remembered = 0.0  # D, the weight of the previous clean estimate
+    now = SOLVERS[solver].step(s, t, noise_level, float(sigma_max), None if history is None else history.log_snr_step)
 
-    if solver in ("flow", "dance"):
-        k = noise_level * (
-            math.sqrt(s / (1 - (float(sigma_max) if s >= _SIGMA_ONE else s))) if solver == "flow" else 1
-        )
-        std = k * math.sqrt(-dt)
-        a = 1 + k**2 / (2 * s) * dt
-        c = (1 + k**2 * (1 - s) / (2 * s)) * dt
-    elif solver in ("ddim", "cps"):
-        std = _ddim_std(s, t, noise_level) if solver == "ddim" else t * math.sin(noise_level * math.pi / 2)
-        direction = math.sqrt(max(t**2 - std**2, 0.0))  # mean = (1 - t) x_0 + direction * eps
-        a = (1 - t) + direction
-        c = -(1 - t) * s + (1 - s) * direction
-    else:
-        std = 0.0
-        h = _log_snr(t) - _log_snr(s)
-        w = -(1 - t) * math.expm1(-h)
-        if solver == "dpm2" and history is not None and t > 0:  # first and last step are first order
-            remembered = -w * h / (2 * history.log_snr_step)
-        a = t / s + (w - remembered)
-        c = -(w - remembered) * s
-
-    mean = a * x + c * v
-    if remembered != 0.0:
-        mean = mean + remembered * history.denoised.to(dtype)
-    scalars = torch.tensor([std, c], dtype=torch.float64)
+    mean = now.sample * x + now.velocity * v
+    if now.previous != 0.0:
+        mean = mean + now.previous * history.denoised.to(dtype)
+    scalars = torch.tensor([now.std, now.velocity], dtype=torch.float64)
     return Transition(
         mean=mean,
         std=scalars[0],
         coefficient=scalars[1],
-        history=History((x - s * v).detach(), h) if solver == "dpm2" else None,
+        history=None if now.log_snr_step is None else History((x - s * v).detach(), now.log_snr_step),
     )
-
-
-def check_solver(solver: str, noise_level: float) -> None:
-    """Raises a `ValueError` for an unknown solver or a noise level that the solver cannot have."""
-    if solver not in SOLVERS:
-        raise ValueError(f"`solver` must be one of {', '.join(SOLVERS)}, but is {solver!r}.")
-    if not (math.isfinite(noise_level) and noise_level >= 0):
-        raise ValueError(f"`noise_level` must be a finite number >= 0, but is {noise_level}.")
-    if solver in DETERMINISTIC_SOLVERS and noise_level > 0:
-        raise ValueError(
-            f"`solver={solver!r}` is deterministic and takes no noise, but `noise_level` is {noise_level}. Set "
-            "`noise_level=0.0`, or choose one of the solvers flow, dance, cps, ddim."
-        )
-    if solver in ("ddim", "cps") and noise_level > 1:
-        raise ValueError(
-            f"`noise_level` must be at most 1 for `solver={solver!r}`, whose noise is a share of the noise that the "
-            f"next state holds, but is {noise_level}."
-        )
-
-
-def _ddim_std(s: float, t: float, eta: float) -> float:
-    """DDIM's sigma in flow-matching time: `eta t sqrt(1 - t^2 (1-s)^2 / (s^2 (1-t)^2))`."""
-    if s >= _SIGMA_ONE:
-        return eta * t
-    return eta * t * math.sqrt(max(1 - (t * (1 - s) / (s * (1 - t))) ** 2, 0.0))
-
-
-def _log_snr(sigma: float) -> float:
-    """`log((1 - sigma) / sigma)`, finite at both ends."""
-    return math.log(max(1 - sigma, _TINY)) - math.log(max(sigma, _TINY))

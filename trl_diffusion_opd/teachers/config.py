@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..hub.locations import Source, check_not_pickle, parse_source
+from ..hub.locations import Source, check_inside, check_not_pickle, parse_source
 
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline, SD3Transformer2DModel
+    from diffusers import DiffusionPipeline, ModelMixin
 
 
 @dataclass
@@ -20,7 +20,7 @@ class TeacherConfig:
     Where one teacher comes from and how it is queried.
 
     Args:
-        name_or_path (`str`, `Path`, `SD3Transformer2DModel` or `DiffusionPipeline`):
+        name_or_path (`str`, `Path`, `ModelMixin` or `DiffusionPipeline`):
             A LoRA as a local file or folder or as `"owner/repo"`, `"owner/repo/sub/folder"` or
             `"owner/repo/sub/folder@revision"` on the Hub; or a full model, already loaded.
         subfolder (`str`, *optional*):
@@ -42,7 +42,7 @@ class TeacherConfig:
     ```
     """
 
-    name_or_path: "str | Path | SD3Transformer2DModel | DiffusionPipeline" = field(
+    name_or_path: "str | Path | ModelMixin | DiffusionPipeline" = field(
         metadata={
             "help": "A LoRA as a local file or folder or as `owner/repo/sub/folder@revision` on the Hub; or a full "
             "model, already loaded."
@@ -99,6 +99,8 @@ class TeacherConfig:
                     "repositories have revisions. Leave it out."
                 )
             return Source(path=source.path / self.subfolder if self.subfolder else source.path)
+        for inside in (self.subfolder, self.weight_name):
+            check_inside(inside or "", "teacher's")
         return Source(source.repo_id, self.subfolder or source.subfolder, self.revision or source.revision)
 
 
@@ -109,7 +111,7 @@ def normalize_teachers(teachers: Mapping[str, Any] | Iterable[Any]) -> dict[str,
     Args:
         teachers (`Mapping` or `Iterable`):
             Either a mapping from task to a path, a Hub name, a [`TeacherConfig`], a dict with its fields, or a loaded
-            `SD3Transformer2DModel` or pipeline; or a list of [`TeacherConfig`] or dicts, each with its `task`.
+            transformer or pipeline; or a list of [`TeacherConfig`] or dicts, each with its `task`.
 
     Returns:
         `dict[str, TeacherConfig]`: one entry per task, in the given order. A loaded model is its `name_or_path`.
@@ -186,14 +188,14 @@ def _as_config(teacher: Any, which: str) -> TeacherConfig:
     return TeacherConfig(**teacher)
 
 
-def full_model(teacher: Any) -> "SD3Transformer2DModel":
+def full_model(teacher: Any) -> "ModelMixin":
     """Returns the transformer of a teacher that was given as an object."""
-    from diffusers import DiffusionPipeline, SD3Transformer2DModel
+    from diffusers import DiffusionPipeline, ModelMixin
 
     model = getattr(teacher, "transformer", None) if isinstance(teacher, DiffusionPipeline) else teacher
-    if not isinstance(model, SD3Transformer2DModel):
+    if not isinstance(model, ModelMixin):
         raise TypeError(
-            "A teacher must be a path or Hub name of a LoRA, a `TeacherConfig`, a dict with its fields, an "
-            f"`SD3Transformer2DModel` or a pipeline that has one, but is a {type(teacher).__name__}."
+            "A teacher must be a path or Hub name of a LoRA, a `TeacherConfig`, a dict with its fields, a transformer "
+            f"of diffusers or a pipeline that has one, but is a {type(teacher).__name__}."
         )
     return model

@@ -1,25 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """The teachers, loaded beside the student and frozen."""
 
-import hashlib
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import nn
 from tqdm.auto import tqdm
 
 from ..hub.download import resolve
 from ..hub.locations import Origin, Resolved
-from ..lora.adapters import add_lora, lora_scaling, lora_state_dict
-from ..lora.files import read_lora
+from ..lora.adapters import add_lora, has_no_effect, lora_scaling
+from ..lora.files import load_lora
+from ..lora.fingerprints import adapter_sha256, weights_sha256
+from ..models.family import ModelFamily
 from .config import TeacherConfig, full_model, normalize_teachers
 
 
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Teacher:
 
 def fetch_teachers(configs: Mapping[str, TeacherConfig]) -> dict[str, Resolved]:
     """
-    Makes sure that the files of all LoRA teachers are on this machine.
+    Makes sure that the files of all LoRA teachers are on this machine and can be read, before anything large is loaded.
 
     Args:
         configs (`Mapping[str, TeacherConfig]`):
@@ -71,12 +71,15 @@ def fetch_teachers(configs: Mapping[str, TeacherConfig]) -> dict[str, Resolved]:
 
     Raises:
         `SourceError`: one cannot be found or fetched; the message says what to do.
+        `ValueError`: one cannot be right; the message says why.
     """
-    return {
-        task: resolve(config.source(), weight_name=config.weight_name, owner=_owner(task, config))
-        for task, config in configs.items()
-        if isinstance(config.name_or_path, str | Path)
-    }
+    files = {}
+    for task, config in configs.items():
+        if isinstance(config.name_or_path, str | Path):
+            source, owner = config.source(), _owner(task, config)
+            files[task] = resolve(source, weight_name=config.weight_name, owner=owner)
+            load_lora(source, weight_name=config.weight_name, owner=owner, found=files[task])
+    return files
 
 
 def _owner(task: str, config: TeacherConfig) -> str:
@@ -88,7 +91,8 @@ def load_teachers(
     transformer: nn.Module,
     *,
     guidance_scale: float,
-    vae: "AutoencoderKL | None" = None,
+    family: ModelFamily,
+    vae: nn.Module | None = None,
     files: Mapping[str, Resolved] | None = None,
     show_progress: bool = True,
 ) -> dict[str, Teacher]:
@@ -104,7 +108,9 @@ def load_teachers(
             The student's transformer.
         guidance_scale (`float`):
             Guidance of the student, for the teachers that set none.
-        vae (`AutoencoderKL`, *optional*):
+        family ([`ModelFamily`]):
+            Family of the student's base.
+        vae (`torch.nn.Module`, *optional*):
             The student's VAE. If given, that of a teacher pipeline must have the same latents.
         files (`Mapping[str, Resolved]`, *optional*):
             What [`fetch_teachers`] returned, which is called if it is not given.
@@ -128,17 +134,22 @@ def load_teachers(
             origin=Origin(""),
         )
         if isinstance(config.name_or_path, str | Path):
-            source, resolved, owner = config.source(), files[task], _owner(task, config)
+            source, owner = config.source(), _owner(task, config)
             teacher.adapter_name = f"teacher_{index}"
-            teacher.source, teacher.origin = str(source), Origin.of_source(source, resolved.commit)
-            weight_name = config.weight_name if resolved.path.is_dir() else None
-            add_lora(transformer, read_lora(resolved.path, weight_name=weight_name, owner=owner), teacher.adapter_name)
+            weights, teacher.origin = load_lora(source, weight_name=config.weight_name, owner=owner, found=files[task])
+            teacher.source = str(source)
+            add_lora(transformer, weights, teacher.adapter_name)
+            if has_no_effect(weights.state_dict, lora_scaling(transformer, teacher.adapter_name)):
+                logger.warning(
+                    f"{owner}: the LoRA changes nothing, all its updates `B @ A` are zero: the student would only learn "
+                    "to be the base. Pass one that was trained."
+                )
         else:
             teacher.model = full_model(config.name_or_path)
             name = teacher.model.config.get("_name_or_path")
             teacher.source = str(name or type(teacher.model).__name__)
             teacher.origin = Origin.of_model(config.name_or_path)
-            _check_full_model(task, config.name_or_path, teacher.model, transformer, vae)
+            _check_full_model(task, config.name_or_path, teacher.model, transformer, family, vae)
             teacher.model.eval().requires_grad_(False)
         teacher.fingerprint = teacher_fingerprint(teacher, transformer)
         loaded[task] = teacher
@@ -158,25 +169,29 @@ def teacher_fingerprint(teacher: Teacher, transformer: nn.Module) -> str:
     Returns:
         `str`: the hexadecimal digest. It equals `teacher.fingerprint` as long as nothing changed the teacher.
     """
-    digest = hashlib.sha256()
     if teacher.model is not None:
-        tensors = teacher.model.state_dict()
-    else:
-        tensors = lora_state_dict(transformer, teacher.adapter_name)
-        for name, scaling in sorted(lora_scaling(transformer, teacher.adapter_name).items()):
-            digest.update(f"{name} {float(scaling)!r}\n".encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+        return weights_sha256(teacher.model.state_dict())
+    return adapter_sha256(transformer, teacher.adapter_name)
 
 
-def _check_full_model(task: str, given: Any, model: nn.Module, transformer: nn.Module, vae: nn.Module | None) -> None:
+def _check_full_model(
+    task: str,
+    given: Any,
+    model: nn.Module,
+    transformer: nn.Module,
+    family: ModelFamily,
+    vae: nn.Module | None,
+) -> None:
+    if not isinstance(model, family.transformer_class):
+        raise ValueError(
+            f"The teacher of task {task!r} is a {type(model).__name__} but the student is a "
+            f"{family.transformer_class.__name__}. Use a teacher of the same model family."
+        )
     if model is transformer:
         raise ValueError(
             f"The teacher of task {task!r} is the student's own transformer. Load the teacher as a separate model."
         )
-    for name in ("in_channels", "out_channels", "joint_attention_dim", "pooled_projection_dim"):
+    for name in family.same_transformer:
         theirs, ours = model.config[name], transformer.config[name]
         if theirs != ours:
             raise ValueError(
@@ -185,7 +200,7 @@ def _check_full_model(task: str, given: Any, model: nn.Module, transformer: nn.M
             )
     if given is model or vae is None or getattr(given, "vae", None) is None:
         return
-    for name in ("latent_channels", "scaling_factor", "shift_factor"):
+    for name in family.same_vae:
         theirs, ours = given.vae.config[name], vae.config[name]
         if theirs != ours:
             raise ValueError(

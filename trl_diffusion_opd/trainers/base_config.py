@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The settings that all trainers of a LoRA diffusion student share."""
 
-import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers.utils import is_torch_bf16_gpu_available
 from trl.trainer.base_config import _BaseConfig
 
-from ..sampling.transitions import check_solver
+from ..rewards.functions import REWARD_TIMEOUT
+from ..sampling.solvers import SOLVERS, check_solver
 from ..utils.distributed import check_processes
 from ..utils.serialization import public_settings
+from ..utils.settings import AT_LEAST_1, BELOW_1, NOT_NEGATIVE, POSITIVE, Rule, check_kinds, check_rules
+from .supported import check_supported, check_task_weights
+from .trajectory import check_allow_changes
 
 
 @dataclass
@@ -45,11 +49,11 @@ class DiffusionConfig(_BaseConfig):
         noise_level (`float`, *optional*, defaults to `0.0`):
             Scale `a` of the noise injected at each step. 0 samples the ODE and trains with mean matching (Eq. 12);
             above 0 the SDE is sampled and the closed-form KL divergence is trained (Eq. 11).
-        skip_last_steps (`int`, *optional*, defaults to `1`):
-            Number of steps at the end of the rollout that are not trained. The last step of SD3.5's schedule moves
-            next to nothing.
+        skip_last_steps (`int`, *optional*):
+            Number of steps at the end of the rollout that are not trained. Defaults to the model family's: 1 where the
+            last step of the schedule moves next to nothing, as that of Stable Diffusion 3.5.
         max_sequence_length (`int`, *optional*, defaults to `128`):
-            Length of the T5 prompt in tokens.
+            Length of a prompt in tokens.
 
         > Parameters that control the tasks
 
@@ -63,7 +67,7 @@ class DiffusionConfig(_BaseConfig):
 
         prompt_cache_size (`int`, *optional*, defaults to `512`):
             Number of prompts whose embeddings are kept in CPU memory. They are encoded ahead of the rounds in chunks
-            of this size (about 1.7 MB a prompt for SD3.5 in bfloat16).
+            of this size (about 1.7 MB a prompt for Stable Diffusion 3.5 in bfloat16).
         prompt_batch_size (`int`, *optional*, defaults to `16`):
             Number of prompts encoded at once.
         offload_text_encoders (`bool`, *optional*, defaults to `True`):
@@ -74,9 +78,12 @@ class DiffusionConfig(_BaseConfig):
         ema_decay (`float`, *optional*):
             Keep an exponential moving average of the student's LoRA with this decay (the published recipe: 0.9),
             warmed up as `(1 + n) / (10 + n)` where `n` counts optimizer steps. The average is what is evaluated and
-            saved; the raw weights are evaluated and saved beside it.
+            saved; the raw weights are evaluated and saved beside it. Up to its first update it is equal to them.
         ema_update_every (`int`, *optional*, defaults to `8`):
             Number of optimizer steps between two updates of the average.
+        ema_update_repeats (`int`, *optional*, defaults to `1`):
+            Number of times that each update is applied, with the decay to that power. The published code updates after
+            every micro-batch, which is 3 times for DiffusionOPD and 4 times for GRPO-Guard; the recipes set this.
 
         > Parameters that control evaluation and image grids
 
@@ -89,11 +96,23 @@ class DiffusionConfig(_BaseConfig):
         num_eval_images (`int`, *optional*):
             Number of images of each task at evaluation: prompts are repeated with other noise, or left out at the end.
             Defaults to one image per prompt.
+        reward_timeout (`float`, *optional*, defaults to `900.0`):
+            Seconds that a reward function may take for a batch of images, in training and at evaluation, before the
+            run ends with an error that names it; `None` waits for ever. It is less than the `ddp_timeout` of 1800 after
+            which other processes stop waiting. After 60 seconds a line tells what is waited for.
         num_grid_prompts (`int`, *optional*, defaults to `2`):
             Number of prompts of each task in the image grid drawn at every evaluation (base, student, each teacher). 0
             draws none.
         save_curves (`bool`, *optional*, defaults to `True`):
             Whether to draw the loss and divergence curves to `curves.png` in the output folder at the end of training.
+
+        > Parameters that control resuming
+
+        allow_changes (`list[str]`, *optional*):
+            Settings that define the course of a run, like `"seed"` or `"solver"`, which may be others than those of the
+            checkpoint that the run is resumed from; also `"prompts"` and `"images_per_round"` (batch size x accumulation
+            x processes). All others must be the same. What may change anyway, like `max_steps` and `learning_rate`, need
+            not be named.
 
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
@@ -109,6 +128,41 @@ class DiffusionConfig(_BaseConfig):
     """
 
     _VALID_DICT_FIELDS = _BaseConfig._VALID_DICT_FIELDS + ["model_init_kwargs", "task_weights"]
+    _rules = {
+        "per_device_train_batch_size": AT_LEAST_1,
+        "per_device_eval_batch_size": AT_LEAST_1,
+        "gradient_accumulation_steps": AT_LEAST_1,
+        "max_steps": Rule(
+            lambda value: value == -1 or value >= 1, "at least 1, or -1 to train `num_train_epochs` epochs"
+        ),
+        "num_train_epochs": POSITIVE,
+        "learning_rate": NOT_NEGATIVE,
+        "warmup_steps": NOT_NEGATIVE,
+        "weight_decay": NOT_NEGATIVE,
+        "adam_beta1": BELOW_1,
+        "adam_beta2": BELOW_1,
+        "adam_epsilon": NOT_NEGATIVE,
+        "max_grad_norm": NOT_NEGATIVE,
+        "logging_steps": POSITIVE,
+        "eval_steps": POSITIVE,
+        "save_steps": POSITIVE,
+        "save_total_limit": AT_LEAST_1,
+        "seed": Rule(lambda value: 0 <= value < 2**32, "from 0 to 4294967295"),
+        "num_inference_steps": AT_LEAST_1,
+        "guidance_scale": NOT_NEGATIVE,
+        "max_sequence_length": Rule(lambda value: 1 <= value <= 512, "from 1 to 512"),
+        "prompt_cache_size": AT_LEAST_1,
+        "prompt_batch_size": AT_LEAST_1,
+        "ema_decay": Rule(lambda value: 0 < value < 1, "between 0 and 1 (or unset)"),
+        "ema_update_every": AT_LEAST_1,
+        "ema_update_repeats": AT_LEAST_1,
+        "reward_timeout": POSITIVE,
+        "eval_guidance_scale": NOT_NEGATIVE,
+        "num_eval_images": AT_LEAST_1,
+        "num_grid_prompts": NOT_NEGATIVE,
+        "height": Rule(lambda value: value > 0, "positive (or unset)"),
+        "width": Rule(lambda value: value > 0, "positive (or unset)"),
+    }
 
     # Parameters whose default values are overridden from TrainingArguments
     learning_rate: float = field(default=3e-4, metadata={"help": "The initial learning rate for AdamW."})
@@ -167,9 +221,7 @@ class DiffusionConfig(_BaseConfig):
             "velocity is the one that is trained. The unconditional branch runs only above 1."
         },
     )
-    solver: str = field(
-        default="flow", metadata={"help": "Sampler of the rollout: flow, dance, cps, ddim, dpm1 or dpm2."}
-    )
+    solver: str = field(default="flow", metadata={"help": f"Sampler of the rollout, one of {', '.join(SOLVERS)}."})
     noise_level: float = field(
         default=0.0,
         metadata={
@@ -177,10 +229,13 @@ class DiffusionConfig(_BaseConfig):
             "0 the SDE is sampled and the closed-form KL divergence is trained."
         },
     )
-    skip_last_steps: int = field(
-        default=1, metadata={"help": "Number of steps at the end of the rollout that are not trained."}
+    skip_last_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of steps at the end of the rollout that are not trained. Defaults to the model family's."
+        },
     )
-    max_sequence_length: int = field(default=128, metadata={"help": "Length of the T5 prompt in tokens."})
+    max_sequence_length: int = field(default=128, metadata={"help": "Length of a prompt in tokens."})
 
     # Parameters that control the tasks
     task_weights: dict[str, int] | str | None = field(
@@ -211,6 +266,13 @@ class DiffusionConfig(_BaseConfig):
     ema_update_every: int = field(
         default=8, metadata={"help": "Number of optimizer steps between two updates of the average."}
     )
+    ema_update_repeats: int = field(
+        default=1,
+        metadata={
+            "help": "Number of times that each update is applied, with the decay to that power (the published code: 3 "
+            "for DiffusionOPD, 4 for GRPO-Guard)."
+        },
+    )
 
     # Parameters that control evaluation and image grids
     eval_num_inference_steps: int | None = field(
@@ -228,6 +290,13 @@ class DiffusionConfig(_BaseConfig):
             "at the end. Defaults to one image per prompt."
         },
     )
+    reward_timeout: float | None = field(
+        default=REWARD_TIMEOUT,
+        metadata={
+            "help": "Seconds that a reward function may take for a batch of images before the run ends with an error. "
+            "None waits for ever."
+        },
+    )
     num_grid_prompts: int = field(
         default=2,
         metadata={
@@ -240,63 +309,43 @@ class DiffusionConfig(_BaseConfig):
         metadata={"help": "Whether to draw the loss and divergence curves to `curves.png` at the end of training."},
     )
 
+    # Parameters that control resuming
+    allow_changes: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Settings that define the course of a run (seed, solver, prompts, images_per_round, ...) which may "
+            "be others than those of the checkpoint that the run is resumed from."
+        },
+    )
+
     def __post_init__(self):
-        # `accelerate launch` tells of them by the environment, the command line by fields
-        sharded = [flag for flag in ("DEEPSPEED", "FSDP") if os.environ.get(f"ACCELERATE_USE_{flag}") == "true"]
-        if self.deepspeed or self.fsdp or sharded:
-            raise ValueError(
-                "DeepSpeed and FSDP are not supported: the student is a LoRA, whose optimizer state is small. Launch "
-                "with plain data parallelism (`accelerate launch --multi_gpu`)."
-            )
-        if self.auto_find_batch_size:
-            raise ValueError(
-                "`auto_find_batch_size` is not supported: the samples of a round follow from "
-                "`per_device_train_batch_size`. Lower it, and raise `gradient_accumulation_steps` for the same rounds."
-            )
-        if self.bf16_full_eval or self.fp16_full_eval:
-            raise ValueError(
-                "`bf16_full_eval` and `fp16_full_eval` are not supported: evaluation runs in the precision of training. "
-                "Set `bf16` or `fp16`."
-            )
+        check_kinds(self)
+        check_rules(self, self._rules)
+        check_supported(self)
         if self.bf16 is None:  # the TRL default, True, is an error on a machine without bfloat16
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         if self.activation_checkpointing is None and self.gradient_checkpointing is None:
             self.activation_checkpointing = True
         super().__post_init__()
 
+        check_allow_changes(self)
         check_processes(self.world_size)
         check_solver(self.solver, self.noise_level)
         check_solver(self.solver, self.eval_noise_level)
-        self._check("num_inference_steps", self.num_inference_steps >= 1, "at least 1")
         self._check(
             "skip_last_steps",
-            0 <= self.skip_last_steps < self.num_inference_steps,
+            self.skip_last_steps is None or 0 <= self.skip_last_steps < self.num_inference_steps,
             f"from 0 to num_inference_steps - 1 = {self.num_inference_steps - 1}, so that a step is left to train",
         )
-        self._check("guidance_scale", self.guidance_scale >= 0, "0 or more")
-        self._check("max_sequence_length", 1 <= self.max_sequence_length <= 512, "from 1 to 512")
-        self._check("prompt_cache_size", self.prompt_cache_size >= 1, "at least 1")
-        self._check("prompt_batch_size", self.prompt_batch_size >= 1, "at least 1")
-        self._check("ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "between 0 and 1 (or unset)")
-        self._check("ema_update_every", self.ema_update_every >= 1, "at least 1")
         self._check(
             "eval_num_inference_steps",
-            self.eval_num_inference_steps is None or self.eval_num_inference_steps > self.skip_last_steps,
-            f"more than skip_last_steps = {self.skip_last_steps} (or unset)",
+            self.eval_num_inference_steps is None or self.eval_num_inference_steps > (self.skip_last_steps or 0),
+            f"more than skip_last_steps = {self.skip_last_steps or 0} (or unset)",
         )
-        self._check(
-            "eval_guidance_scale", self.eval_guidance_scale is None or self.eval_guidance_scale >= 0, "0 or more"
-        )
-        self._check("num_eval_images", self.num_eval_images is None or self.num_eval_images >= 1, "at least 1")
-        self._check("num_grid_prompts", self.num_grid_prompts >= 0, "0 or more")
-        for name in ("height", "width"):
-            self._check(name, getattr(self, name) is None or getattr(self, name) > 0, "positive (or unset)")
-        for task, weight in (self.task_weights or {}).items():
-            if isinstance(weight, bool) or not isinstance(weight, int) or weight < 1:
-                raise ValueError(
-                    f"`task_weights[{task!r}]` must be a whole number of batches, at least 1, but is {weight!r}. "
-                    "Scale the weights up to whole numbers, or leave the task out of the run."
-                )
+        for name in ("task_weights", "model_init_kwargs"):
+            value = getattr(self, name)
+            self._check(name, value is None or isinstance(value, Mapping), "a mapping (JSON on the command line)")
+        check_task_weights(self.task_weights or {})
 
     def to_dict(self) -> dict[str, Any]:
         """

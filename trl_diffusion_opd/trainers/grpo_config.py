@@ -3,7 +3,9 @@
 
 from dataclasses import dataclass, field
 
-from ..losses.grpo import LOSS_TYPES
+from ..losses.grpo import LOSS_TYPES, check_guard
+from ..sampling.solvers import SOLVERS
+from ..utils.settings import NOT_NEGATIVE, Rule
 from .rl_config import RLConfig
 
 
@@ -29,6 +31,11 @@ class FlowGRPOConfig(RLConfig):
     > - `steps_per_rollout`: Defaults to `2` instead of `1`.
     > - `ema_decay`: Defaults to `0.9` instead of `None`.
     """
+
+    _rules = RLConfig._rules | {
+        "epsilon": Rule(lambda value: 0 < value < 1, "between 0 and 1"),
+        "beta": NOT_NEGATIVE,
+    }
 
     learning_rate: float | None = field(
         default=None,
@@ -81,12 +88,9 @@ class FlowGRPOConfig(RLConfig):
             raise ValueError(
                 "`noise_level` is 0: a deterministic rollout has no probabilities. Set it above 0 (published: 0.7)."
             )
-        if guarded and self.solver not in ("flow", "dance"):
-            raise ValueError(
-                f"`loss_type='grpo_guard'` is defined for the solvers flow and dance, but `solver` is {self.solver!r}. "
-                "Choose one of them, or `loss_type='grpo'`."
-            )
-        if self.solver in ("cps", "ddim") and self.skip_last_steps == 0:
+        if guarded:
+            check_guard(self.solver)
+        if SOLVERS[self.solver].last_step_is_noiseless and self.skip_last_steps == 0:
             raise ValueError(
                 f"`skip_last_steps` is 0, but the last step of `solver={self.solver!r}` has no noise and hence no "
                 "probability. Set it to 1 at least."
@@ -95,5 +99,3 @@ class FlowGRPOConfig(RLConfig):
             self.epsilon = 2e-6 if guarded else 1e-4
         if self.beta is None:
             self.beta = 0.0 if guarded else 0.04
-        self._check("epsilon", 0 < self.epsilon < 1, "between 0 and 1")
-        self._check("beta", self.beta >= 0, "0 or more")

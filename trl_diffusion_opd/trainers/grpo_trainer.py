@@ -2,13 +2,12 @@
 """Policy gradients at every denoising step: Flow-GRPO and GRPO-Guard."""
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from torch import nn
 from transformers import TrainerCallback
@@ -18,9 +17,9 @@ from ..losses.grpo import is_clipped, log_ratio, mean_shift, reference_divergenc
 from ..models.loading import STUDENT
 from ..models.sampler import Policy
 from ..rewards.functions import RewardFunc
-from ..sampling.denoising import denoise
+from .experience import Experience, zero_unselected
 from .grpo_config import FlowGRPOConfig
-from .rl_trainer import Experience, RLTrainer, only
+from .rl_trainer import RLTrainer
 
 
 _GUARD_PAPER = {
@@ -79,7 +78,7 @@ class FlowGRPOTrainer(RLTrainer):
     ```
 
     Args:
-        model (`str` or `Path` or [`~diffusers.StableDiffusion3Pipeline`]):
+        model (`str` or `Path` or [`~diffusers.DiffusionPipeline`]):
             The base: a Hub id, a local folder, or a pipeline in memory.
         reward_funcs (`Callable`, `str`, `list` or `dict`):
             What is rewarded: a function `f(images, prompts, **columns) -> list[float]`, plain or async, where `images`
@@ -95,8 +94,9 @@ class FlowGRPOTrainer(RLTrainer):
             Added to the default callbacks.
         optimizers (`tuple`, *optional*, defaults to `(None, None)`):
             As of the [`DiffusionOPDTrainer`].
-        peft_config ([`~peft.LoraConfig`], *optional*):
-            LoRA of the student. By default rank 32, alpha 64, gaussian init, on the attention projections.
+        peft_config ([`~peft.LoraConfig`] or `dict`, *optional*):
+            LoRA of the student, or the fields in which it differs from the default: rank 32, alpha 64, gaussian init, on
+            the attention projections.
         adapter (`str` or `Path`, *optional*):
             LoRA to start from, from the Hub or from disk, with the shape of `peft_config` if that is given.
     """
@@ -120,14 +120,14 @@ class FlowGRPOTrainer(RLTrainer):
 
     def __init__(
         self,
-        model: str | Path | StableDiffusion3Pipeline,
+        model: str | Path | DiffusionPipeline,
         reward_funcs: RewardFunc | str | list[RewardFunc | str] | Mapping[str, Any],
         args: FlowGRPOConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Callable | None, Callable | None] = (None, None),
-        peft_config: LoraConfig | None = None,
+        peft_config: LoraConfig | dict[str, Any] | None = None,
         adapter: str | Path | None = None,
     ):
         if args is None or args.loss_type == "grpo_guard":
@@ -144,47 +144,48 @@ class FlowGRPOTrainer(RLTrainer):
 
     @property
     def kept_latents(self) -> int:
-        return 3 * (len(self.schedule) - self.args.skip_last_steps)
+        return 3 * (len(self.schedule) - self.skip_last_steps)
+
+    def add_models(self, args: FlowGRPOConfig) -> None:
+        if args.solver in ("cps", "ddim") and self.skip_last_steps == 0:
+            raise ValueError(
+                f"`skip_last_steps` is 0 for this model, but the last step of `solver={args.solver!r}` has no noise and "
+                "hence no probability. Set it to 1 at least."
+            )
 
     def takes(self, advantages: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
         """All but those of prompts whose images are equally good, which have no gradient."""
         return advantages != 0
 
     def draw(self, batch: TaskBatch) -> tuple[torch.Tensor, list[VisitedStep]]:
-        policy = Policy("student", self.args.guidance_scale, (STUDENT,))
-        text = self.prompts.conditioning(batch.prompts).batch(policy.guidance_scale)
-        timesteps = self.schedule.timesteps.to(self.accelerator.device)
-        noise, generators = self.noise_sources(batch.seeds)
-        visited = []
-        for step in denoise(
-            lambda sample, index: self.policy_velocity(policy, sample, timesteps[index], text),
-            noise,
-            self.schedule,
-            solver=self.args.solver,
-            noise_level=self.args.noise_level,
-            generator=generators,
+        args, visited = self.args, []
+        policy = Policy("student", args.guidance_scale, (STUDENT,))
+        conditioning = self.prompts.conditioning(batch.prompts)
+        for step in self.sampler.rollout(
+            policy, conditioning, batch.seeds, self.schedule, solver=args.solver, noise_level=args.noise_level
         ):
-            if step.index < len(self.schedule) - self.args.skip_last_steps:
+            if step.index < len(self.schedule) - self.skip_last_steps:
                 std, coefficient = step.transition.std, step.transition.coefficient
                 drawn = (step.next_sample - step.transition.mean) / std
                 visited.append(VisitedStep(step.sample, step.velocity, drawn, std, coefficient))
         return step.next_sample, visited
 
-    def learn(self, model: nn.Module, experience: Experience, share: float, last: bool) -> dict[str, torch.Tensor]:
-        args, advantage, taken = self.args, experience.advantages, experience.taken
+    def learn(
+        self, model: nn.Module, experience: Experience, loss_weight: float, is_last_batch: bool
+    ) -> dict[str, torch.Tensor]:
+        args, advantage, selected = self.args, experience.advantages, experience.taken
         visited, sigmas = experience.trajectory, self.schedule.sigmas.tolist()
         conditioning = self.prompts.conditioning(experience.batch.prompts)
-        text = conditioning.batch(args.guidance_scale)
         timesteps = self.schedule.timesteps.to(self.accelerator.device)
         base = Policy("base", args.guidance_scale)
         metrics = {"loss": [], "clip_ratio": [], "log_ratio": [], **({"kl": []} if args.beta else {})}
         for index, step in enumerate(visited):
-            sample, old, noise = (only(taken, kept) for kept in (step.sample, step.velocity, step.noise))
+            timestep = timesteps[index]
+            sample, old, noise = (zero_unselected(selected, kept) for kept in (step.sample, step.velocity, step.noise))
             if args.beta:  # before the student's forward: between that and its backward no adapter may be switched
-                reference = self.policy_velocity(base, sample, timesteps[index], text)
-            reduce = last and index == len(visited) - 1 and self.accelerator.sync_gradients
-            with nullcontext() if reduce else self.accelerator.no_sync(model):
-                velocity = model(sample, timesteps[index], *text, args.guidance_scale)
+                reference = self.sampler.velocity(base, sample, timestep, conditioning)
+            with self.reduce_only_if(model, is_last_batch and index == len(visited) - 1):
+                velocity = model(sample, timestep, *conditioning.batch(args.guidance_scale), args.guidance_scale)
                 shift = mean_shift(velocity, old, step.coefficient)
                 ratio = log_ratio(shift, noise, step.std, loss_type=args.loss_type)
                 weight = step_weight(
@@ -196,8 +197,8 @@ class FlowGRPOTrainer(RLTrainer):
                     divergence = reference_divergence(shift, step.std, sigmas[index], sigmas[index + 1])
                     loss = loss + args.beta * divergence
                     metrics["kl"].append(divergence.detach())
-                loss = torch.where(taken, loss, 0.0) / len(visited)
-                self.accelerator.backward(share * loss.sum())
+                loss = torch.where(selected, loss, 0.0) / len(visited)
+                self.accelerator.backward(loss_weight * loss.sum())
             metrics["loss"].append(loss.detach())
             metrics["clip_ratio"].append(is_clipped(ratio, advantage, args.epsilon).float())
             metrics["log_ratio"].append(ratio.detach().abs())

@@ -4,6 +4,7 @@
 from dataclasses import dataclass, field
 
 from ..losses.nft import OLD_POLICY_SCHEDULES
+from ..utils.settings import NOT_NEGATIVE, POSITIVE, Rule
 from .rl_config import RLConfig
 
 
@@ -33,13 +34,21 @@ class DiffusionNFTConfig(RLConfig):
     > - `ema_update_every`: Defaults to `1` instead of `8`.
     """
 
+    _rules = RLConfig._rules | {
+        "nft_beta": POSITIVE,
+        "kl_coef": NOT_NEGATIVE,
+        "old_policy_schedule": Rule(
+            lambda value: value in OLD_POLICY_SCHEDULES, f"one of {', '.join(map(str, OLD_POLICY_SCHEDULES))}"
+        ),
+    }
+
     solver: str = field(default="dpm2", metadata={"help": "Sampler of the rollout, deterministic."})
     guidance_scale: float = field(default=1.0, metadata={"help": "Classifier-free guidance of the student."})
     noise_level: float = field(
         default=0.0, metadata={"help": "Scale of the noise injected at each step of the rollout."}
     )
-    skip_last_steps: int = field(
-        default=1,
+    skip_last_steps: int | None = field(
+        default=None,
         metadata={"help": "Number of noise levels, drawn at random for each image, that it is not trained on."},
     )
     ema_decay: float | None = field(
@@ -62,13 +71,3 @@ class DiffusionNFTConfig(RLConfig):
             "help": "How the policy that draws the images follows the trained one: 0 at once, 1 and 2 ever slower."
         },
     )
-
-    def __post_init__(self):
-        super().__post_init__()
-        self._check("nft_beta", self.nft_beta > 0, "positive")
-        self._check("kl_coef", self.kl_coef >= 0, "0 or more")
-        self._check(
-            "old_policy_schedule",
-            self.old_policy_schedule in OLD_POLICY_SCHEDULES,
-            f"one of {', '.join(map(str, OLD_POLICY_SCHEDULES))}",
-        )

@@ -2,7 +2,6 @@
 """Reinforcement on the forward process: DiffusionNFT."""
 
 import copy
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -14,9 +13,9 @@ from ..lora.files import LoraWeights
 from ..losses.nft import nft_losses, noised, old_policy_decay, optimality_probability
 from ..models.loading import STUDENT
 from ..models.sampler import Policy
-from ..sampling.denoising import denoise
+from .experience import Experience, zero_unselected
 from .nft_config import DiffusionNFTConfig
-from .rl_trainer import Experience, RLTrainer, only
+from .rl_trainer import RLTrainer
 
 
 OLD = "old"
@@ -83,28 +82,27 @@ class DiffusionNFTTrainer(RLTrainer):
         return f"DiffusionNFT, beta {self.args.nft_beta:g}, old policy by schedule {self.args.old_policy_schedule}"
 
     def draw(self, batch: TaskBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        text = self.prompts.conditioning(batch.prompts).batch(self.args.guidance_scale)
-        timesteps = self.schedule.timesteps.to(self.accelerator.device)
-        noise, generators = self.noise_sources(batch.seeds)
-        for step in denoise(
-            lambda sample, index: self.policy_velocity(self.old_policy, sample, timesteps[index], text),
-            noise,
+        args, conditioning = self.args, self.prompts.conditioning(batch.prompts)
+        clean = self.sampler.sample_latents(
+            self.old_policy,
+            conditioning,
+            batch.seeds,
             self.schedule,
-            solver=self.args.solver,
-            noise_level=self.args.noise_level,
-            generator=generators,
-        ):
-            clean = step.next_sample
+            solver=args.solver,
+            noise_level=args.noise_level,
+        )
         return clean, clean
 
-    def learn(self, model: nn.Module, experience: Experience, share: float, last: bool) -> dict[str, torch.Tensor]:
-        args, clean = self.args, only(experience.taken, experience.trajectory)
-        text = self.prompts.conditioning(experience.batch.prompts).batch(args.guidance_scale)
+    def learn(
+        self, model: nn.Module, experience: Experience, loss_weight: float, is_last_batch: bool
+    ) -> dict[str, torch.Tensor]:
+        args, clean = self.args, zero_unselected(experience.taken, experience.trajectory)
+        conditioning = self.prompts.conditioning(experience.batch.prompts)
         probability = optimality_probability(experience.advantages, args.advantage_clip)
         # Every image visits the noise levels in an order of its own, with fresh noise at each.
         generators = [torch.Generator().manual_seed(seed + 1) for seed in experience.batch.seeds]
         orders = torch.stack([torch.randperm(len(self.schedule), generator=g) for g in generators])
-        num_levels = len(self.schedule) - args.skip_last_steps
+        num_levels = len(self.schedule) - self.skip_last_steps
         metrics = {"loss": [], "kl": []}
         for index in range(num_levels):
             sigma = self.schedule.sigmas[orders[:, index]].to(clean.device)
@@ -112,17 +110,16 @@ class DiffusionNFTTrainer(RLTrainer):
             noise = torch.stack([torch.randn(clean.shape[1:], generator=g) for g in generators]).to(clean.device)
             sample = noised(clean, noise, sigma)
             # Before the student's forward: between that and its backward no adapter may be switched.
-            old = self.policy_velocity(self.old_policy, sample, timestep, text)
-            reference = self.policy_velocity(self.base_policy, sample, timestep, text)
-            reduce = last and index == num_levels - 1 and self.accelerator.sync_gradients
-            with nullcontext() if reduce else self.accelerator.no_sync(model):
-                velocity = model(sample, timestep, *text, args.guidance_scale)
+            old = self.sampler.velocity(self.old_policy, sample, timestep, conditioning)
+            reference = self.sampler.velocity(self.base_policy, sample, timestep, conditioning)
+            with self.reduce_only_if(model, is_last_batch and index == num_levels - 1):
+                velocity = model(sample, timestep, *conditioning.batch(args.guidance_scale), args.guidance_scale)
                 policy, divergence = nft_losses(
                     velocity, old, reference, sample, clean, sigma, probability, beta=args.nft_beta
                 )
                 loss = args.advantage_clip * policy + args.kl_coef * divergence
                 loss = torch.where(experience.taken, loss, 0.0) / num_levels
-                self.accelerator.backward(share * loss.sum())
+                self.accelerator.backward(loss_weight * loss.sum())
             metrics["loss"].append(loss.detach())
             metrics["kl"].append(divergence.detach())
         return {"loss": torch.stack(metrics["loss"]).sum(0), "kl": torch.stack(metrics["kl"]).mean(0)}

@@ -1,15 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """On-policy distillation of several teachers into one student (Algorithm 1 of the DiffusionOPD paper)."""
 
-import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils.memory import clear_device_cache
-from diffusers import StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from torch import nn
 from transformers import TrainerCallback
@@ -20,13 +17,13 @@ from ..models.sampler import Policy
 from ..models.velocity import Conditioning, VelocityModel
 from ..publishing.record import TeacherRecord
 from ..rewards.functions import RewardFunc
-from ..sampling.denoising import denoise
+from ..sampling.denoising import Trajectory
 from ..teachers.config import check_tasks, normalize_teachers
 from ..teachers.loading import fetch_teachers, load_teachers
 from ..utils.markdown import escape
 from .base_trainer import DiffusionTrainer
+from .method_plan import MethodPlan, format_origin
 from .opd_config import DiffusionOPDConfig
-from .plan import MethodPlan, format_origin
 
 
 class DiffusionOPDTrainer(DiffusionTrainer):
@@ -55,7 +52,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
     ```
 
     Args:
-        model (`str` or `Path` or [`~diffusers.StableDiffusion3Pipeline`]):
+        model (`str` or `Path` or [`~diffusers.DiffusionPipeline`]):
             Base of student and teachers: `"owner/repo[@revision]"` on the Hub, a local folder, or a pipeline in memory,
             which is used as it is (its transformer gets the adapters).
         teachers (`dict` or `list[TeacherConfig]`):
@@ -77,8 +74,9 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             How to make the optimizer and the learning rate scheduler: functions of the student's parameters and of the
             optimizer, such as `(lambda parameters: torch.optim.SGD(parameters, lr=0.1), None)`. (The parameters exist
             only once the trainer has added the LoRA.) By default AdamW and `args.lr_scheduler_type`.
-        peft_config ([`~peft.LoraConfig`], *optional*):
-            LoRA of the student. By default rank 32, alpha 64, gaussian init, on the attention projections.
+        peft_config ([`~peft.LoraConfig`] or `dict`, *optional*):
+            LoRA of the student, or the fields in which it differs from the default: rank 32, alpha 64, gaussian init, on
+            the attention projections.
         adapter (`str` or `Path`, *optional*):
             LoRA to start from, from the Hub or from disk, with the shape of `peft_config` if that is given.
 
@@ -105,7 +103,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
 
     def __init__(
         self,
-        model: str | Path | StableDiffusion3Pipeline,
+        model: str | Path | DiffusionPipeline,
         teachers: Mapping[str, Any] | Iterable[Any],
         args: DiffusionOPDConfig | None = None,
         train_dataset: Any = None,
@@ -113,7 +111,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         reward_funcs: dict[str, RewardFunc | list[RewardFunc]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Callable | None, Callable | None] = (None, None),
-        peft_config: LoraConfig | None = None,
+        peft_config: LoraConfig | dict[str, Any] | None = None,
         adapter: str | Path | None = None,
     ):
         if train_dataset is None:
@@ -143,6 +141,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             self._teacher_configs,
             self.transformer,
             guidance_scale=args.guidance_scale,
+            family=self.family,
             vae=self.pipeline.vae,
             files=self._teacher_files,
             show_progress=args.process_index == 0 and not args.disable_tqdm,
@@ -152,7 +151,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
                 f"teacher {task}",
                 teacher.guidance_scale,
                 (teacher.adapter_name,) if teacher.adapter_name else (),
-                VelocityModel(teacher.model.to(args.device)) if teacher.model is not None else None,
+                VelocityModel(teacher.model.to(args.device), self.family) if teacher.model is not None else None,
             )
             for task, teacher in self.loaded_teachers.items()
         }
@@ -192,29 +191,27 @@ class DiffusionOPDTrainer(DiffusionTrainer):
 
     # The method
 
-    def training_step(self, model: nn.Module, inputs: dict[str, int], num_items_in_batch: Any = None) -> torch.Tensor:
+    def train_round(self, model: nn.Module, micro_round: int) -> tuple[torch.Tensor, int]:
         """One (micro-)round of Algorithm 1: every task's batch is rolled out and distilled, in a single pass."""
-        start = time.perf_counter()
-        model.train()
-        if self.args.torch_empty_cache_steps and self.state.global_step % self.args.torch_empty_cache_steps == 0:
-            clear_device_cache()
         self.prepare_prompts(self.state.global_step)
-        micro_round = inputs["micro_round"] % self.args.gradient_accumulation_steps
-        batches = self.sampler.batches(self.state.global_step, micro_round)
-        num_steps = len(self.schedule) - self.args.skip_last_steps
-        share = 1 / (len(batches) * num_steps * self.current_gradient_accumulation_steps)
+        batches = self.rounds.batches(self.state.global_step, micro_round)
+        num_steps = len(self.schedule) - self.skip_last_steps
+        loss_weight = 1 / (len(batches) * num_steps * self.current_gradient_accumulation_steps)
         divergences = torch.stack(
             [
-                self.distill(model, batch, num_steps, share, last=index == len(batches) - 1)
+                self.distill(model, batch, num_steps, loss_weight, is_last_batch=index == len(batches) - 1)
                 for index, batch in enumerate(batches)
             ]
         )
         divergences = self.accelerator.reduce(divergences, reduction="mean")
         self.check_finite(divergences, batches)
-        self.log_round(divergences, batches, time.perf_counter() - start)
-        return divergences.mean() / self.current_gradient_accumulation_steps
+        self.log_divergences(divergences, batches)
+        loss = divergences.mean() / self.current_gradient_accumulation_steps
+        return loss, sum(len(batch.prompts) for batch in batches)
 
-    def distill(self, model: nn.Module, batch: TaskBatch, num_steps: int, share: float, last: bool) -> torch.Tensor:
+    def distill(
+        self, model: nn.Module, batch: TaskBatch, num_steps: int, loss_weight: float, is_last_batch: bool
+    ) -> torch.Tensor:
         """
         Rolls the student out on a batch and accumulates the gradient of each step as it is taken.
 
@@ -228,41 +225,30 @@ class DiffusionOPDTrainer(DiffusionTrainer):
                 `B` samples of one task.
             num_steps (`int`):
                 Number of steps to train.
-            share (`float`):
+            loss_weight (`float`):
                 Weight of each step's loss.
-            last (`bool`):
+            is_last_batch (`bool`):
                 Whether this is the round's last batch; gradients are reduced over the processes in its last backward.
 
         Returns:
             `torch.Tensor` of shape `[num_steps]`: the divergence of each step, averaged over the batch.
         """
-        teacher = self.teachers[batch.task]
+        args, teacher = self.args, self.teachers[batch.task]
         conditioning = self.prompts.conditioning(batch.prompts)
-        student_text = conditioning.batch(self.args.guidance_scale)
-        teacher_text = conditioning.batch(teacher.guidance_scale)
-        timesteps = self.schedule.timesteps.to(self.accelerator.device)
-        noise, generators = self.noise_sources(batch.seeds)
-        targets = {}
-
-        def velocity(sample: torch.Tensor, index: int) -> torch.Tensor:
-            # The teacher comes first: between the student's forward and backward no adapter may be switched.
-            targets[index] = self.policy_velocity(teacher, sample, timesteps[index], teacher_text)
-            reduce = last and index == num_steps - 1 and self.accelerator.sync_gradients
-            with nullcontext() if reduce else self.accelerator.no_sync(model):
-                return model(sample, timesteps[index], *student_text, self.args.guidance_scale)
-
+        noise, generators = self.sampler.noise(batch.seeds)
+        trajectory = Trajectory(
+            noise, self.schedule, solver=args.solver, noise_level=args.noise_level, generator=generators
+        )
         divergences = []
-        for step in denoise(
-            velocity,
-            noise,
-            self.schedule,
-            solver=self.args.solver,
-            noise_level=self.args.noise_level,
-            generator=generators,
-            num_steps=num_steps,
-        ):
-            divergence = step_divergence(step.velocity, targets.pop(step.index), step.transition).mean()
-            self.accelerator.backward(share * divergence)
+        for index in range(num_steps):
+            sample, timestep = trajectory.sample, trajectory.timestep
+            # The teacher comes first: between the student's forward and backward no adapter may be switched.
+            target = self.sampler.velocity(teacher, sample, timestep, conditioning)
+            with self.reduce_only_if(model, is_last_batch and index == num_steps - 1):
+                velocity = model(sample, timestep, *conditioning.batch(args.guidance_scale), args.guidance_scale)
+                step = trajectory.step(velocity)
+                divergence = step_divergence(velocity, target, step.transition).mean()
+                self.accelerator.backward(loss_weight * divergence)
             divergences.append(divergence.detach())
         return torch.stack(divergences)
 
@@ -271,13 +257,12 @@ class DiffusionOPDTrainer(DiffusionTrainer):
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Adds `kl`, the mean divergence from the task's teacher over the steps that are trained."""
         teacher = self.teachers[batch.task]
-        teacher_text = conditioning.batch(teacher.guidance_scale)
-        num_steps = len(self.eval_schedule) - self.args.skip_last_steps
+        num_steps = len(self.eval_schedule) - self.skip_last_steps
         divergences = []
-        for step in self.rollout(policy, conditioning, batch.seeds):
+        for step in self.evaluator.rollout(policy, conditioning, batch.seeds):
             if step.index < num_steps:
                 timestep = self.eval_schedule.timesteps[step.index].to(step.sample.device)
-                target = self.policy_velocity(teacher, step.sample, timestep, teacher_text)
+                target = self.sampler.velocity(teacher, step.sample, timestep, conditioning)
                 divergences.append(step_divergence(step.velocity, target, step.transition))
         return step.next_sample, {"kl": torch.stack(divergences).mean(0)}
 
@@ -295,11 +280,11 @@ class DiffusionOPDTrainer(DiffusionTrainer):
                 "`learning_rate`, or train in bf16 or fp32 instead of fp16."
             )
 
-    def log_round(self, divergences: torch.Tensor, batches: list[TaskBatch], seconds: float) -> None:
+    def log_divergences(self, divergences: torch.Tensor, batches: list[TaskBatch]) -> None:
+        """Logs the divergence of each task and of each denoising step."""
         tasks = [batch.task for batch in batches]
         for task in dict.fromkeys(tasks):
             of_task = divergences[[index for index, name in enumerate(tasks) if name == task]]
-            self._metrics[f"kl/{task}"].append(of_task.mean().item())
+            self.metrics[f"kl/{task}"].append(of_task.mean().item())
         for index, value in enumerate(divergences.mean(0).tolist()):
-            self._metrics[f"kl_step/{index}"].append(value)
-        self.log_speed(sum(len(batch.prompts) for batch in batches), seconds)
+            self.metrics[f"kl_step/{index}"].append(value)

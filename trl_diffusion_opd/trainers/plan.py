@@ -2,69 +2,42 @@
 """Summary of a run, printed by `--dry_run`."""
 
 import math
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from torch import nn
 
 from ..data.rounds import Prompts, num_prompts
-from ..hub.locations import Origin
-from ..models.sd3_sde_pipeline import PIXELS_AT_ONCE
+from ..models.family import PIXELS_AT_ONCE
 from ..rewards.base import Reward
 from ..utils.hardware import format_bytes
+from .base_trainer import DiffusionTrainer
 from .disk import checkpoint_bytes
+from .method_plan import format_origin
 
 
-if TYPE_CHECKING:
-    from .base_trainer import DiffusionTrainer
-
-
-@dataclass
-class MethodPlan:
-    """
-    What a method adds to the plan of a run.
-
-    Args:
-        objective (`str`):
-            What is trained, in a few words.
-        tasks (`dict[str, str]`):
-            What each task is learned from.
-        lines (`dict[str, str]`, *optional*):
-            More lines by their titles.
-        memory (`dict[str, int]`, *optional*):
-            Bytes that it keeps on the training device during rounds.
-    """
-
-    objective: str
-    tasks: dict[str, str]
-    lines: dict[str, str] = field(default_factory=dict)
-    memory: dict[str, int] = field(default_factory=dict)
-
-
-def describe_plan(trainer: "DiffusionTrainer") -> str:
+def describe_plan(trainer: DiffusionTrainer) -> str:
     """Tasks, what they are learned from, rounds and an estimate of the memory, as text."""
-    args, sampler = trainer.args, trainer.sampler
+    args, rounds_of, family, pipe = trainer.args, trainer.rounds, trainer.family, trainer.pipeline
     rounds = args.max_steps
-    per_epoch = sampler.rounds_per_epoch
+    per_epoch = rounds_of.rounds_per_epoch
     if rounds < 0:
         rounds = math.ceil(args.num_train_epochs * per_epoch)
     processes = args.world_size
-    trained = len(trainer.schedule) - args.skip_last_steps
-    _, height, width = trainer.latent_shape
-    factor = trainer.pipeline.vae_scale_factor
+    trained = len(trainer.schedule) - trainer.skip_last_steps
+    height, width = family.image_size(pipe, trainer.latent_shape)
     rank = trainer.transformer.peft_config["default"].r
     method = trainer.plan()
     estimate = memory_estimate(trainer) | method.memory
     encoding = estimate["models"] + _bytes(*_text_encoders(trainer))
     judges = any(isinstance(reward, Reward) for funcs in trainer.reward_funcs.values() for reward in funcs)
     start = trainer.adapter_origin
-    vae, pixels = trainer.pipeline.vae, height * width * factor**2
-    most = max(args.per_device_train_batch_size, args.per_device_eval_batch_size) * pixels
-    at_once = min(most, max(PIXELS_AT_ONCE, pixels))
-    decoding = sum(estimate.values()) - estimate["activations"] + _bytes(vae) + decoding_bytes(vae, at_once)
+    most = max(args.per_device_train_batch_size, args.per_device_eval_batch_size) * height * width
+    at_once = min(most, max(PIXELS_AT_ONCE, height * width))
+    decoding = (
+        sum(estimate.values()) - estimate["activations"] + _bytes(pipe.vae) + family.decoding_bytes(pipe.vae, at_once)
+    )
     peak = max(sum(estimate.values()), encoding, decoding)
     lines = [
-        f"base       {format_origin(trainer.base_origin)}, {width * factor}x{height * factor} px",
+        f"base       {format_origin(trainer.base_origin)}, {width}x{height} px",
         f"student    LoRA of rank {rank}, {_count(_trainable(trainer)):,} parameters, guidance {args.guidance_scale:g}"
         + (f", starts from {format_origin(start)}" if start else ""),
         "tasks",
@@ -73,13 +46,13 @@ def describe_plan(trainer: "DiffusionTrainer") -> str:
         held_out = _amount(trainer.eval_datasets[task]) if task in trainer.eval_datasets else "0"
         lines.append(
             f"  {task:<12} {_amount(trainer.datasets[task])} prompts ({held_out} held out), weight "
-            f"{sampler.weights[task]}; {source}"
+            f"{rounds_of.weights[task]}; {source}"
         )
     lines += [
         f"rollout    {len(trainer.schedule)} steps of {args.solver} at noise level {args.noise_level:g}, {trained} of "
         f"them trained ({method.objective})",
         *(f"{title:<10} {text}" for title, text in method.lines.items()),
-        f"rounds     {rounds:,} of {sampler.prompts_per_round * processes} images on {processes} process(es)"
+        f"rounds     {rounds:,} of {rounds_of.prompts_per_round * processes} images on {processes} process(es)"
         + (f"; {per_epoch:,} rounds see every prompt once" if per_epoch else ""),
         f"memory     about {format_bytes(peak)} per process; during rounds: "
         + ", ".join(f"{name} {format_bytes(size)}" for name, size in estimate.items())
@@ -90,30 +63,26 @@ def describe_plan(trainer: "DiffusionTrainer") -> str:
     return "\n".join(lines)
 
 
-def format_origin(origin: Origin) -> str:
-    """Name and commit of a model, in short."""
-    return origin.name + (f" ({origin.commit[:7]})" if origin.commit else "")
-
-
 def _amount(data: Prompts) -> str:
     total = num_prompts(data)
     return "streamed" if total is None else f"{total:,}"
 
 
-def memory_estimate(trainer: "DiffusionTrainer") -> dict[str, int]:
+def memory_estimate(trainer: DiffusionTrainer) -> dict[str, int]:
     """
     Bytes on the training device during rounds. Weights and optimizer state are exact; activations are estimated as
-    what the transformer's blocks keep for the backward (about 20 hidden states each, or one with activation
+    what the transformer's blocks keep for the backward (`states_per_block` hidden states each, or one with activation
     checkpointing, of which one block at a time is recomputed).
     """
-    args, config = trainer.args, trainer.transformer.config
+    args, family, pipe = trainer.args, trainer.family, trainer.pipeline
     trainable = _trainable(trainer)
-    _, height, width = trainer.latent_shape
-    tokens = height * width // config.patch_size**2 + trainer.pipeline.tokenizer_max_length + args.max_sequence_length
-    rows = args.per_device_train_batch_size * (2 if args.guidance_scale > 1 else 1)
+    tokens = family.image_tokens(pipe, trainer.latent_shape) + family.text_tokens(pipe, args.max_sequence_length)
+    blocks, block_width = family.blocks(trainer.transformer)
+    rows = args.per_device_train_batch_size * (2 if family.needs_negative(args.guidance_scale) else 1)
     bytes_each = 2 if args.bf16 or args.fp16 else 4
-    hidden = rows * tokens * config.num_attention_heads * config.attention_head_dim * bytes_each
-    kept = config.num_layers + 20 if args.activation_checkpointing else 20 * config.num_layers
+    hidden = rows * tokens * block_width * bytes_each
+    states = family.states_per_block
+    kept = blocks + states if args.activation_checkpointing else states * blocks
     return {
         "models": _bytes(
             trainer.transformer, *(policy.model for policy in trainer.policies() if policy.model is not None)
@@ -124,12 +93,7 @@ def memory_estimate(trainer: "DiffusionTrainer") -> dict[str, int]:
     }
 
 
-def decoding_bytes(vae: nn.Module, num_pixels: int) -> int:
-    """The peak of what a VAE keeps while it decodes so many pixels at once: three hidden states of its second level."""
-    return 3 * 4 * num_pixels * max(vae.config.block_out_channels[:2])
-
-
-def _trainable(trainer: "DiffusionTrainer") -> list[nn.Parameter]:
+def _trainable(trainer: DiffusionTrainer) -> list[nn.Parameter]:
     return [parameter for parameter in trainer.transformer.parameters() if parameter.requires_grad]
 
 
@@ -137,12 +101,12 @@ def _count(parameters: list[nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
 
-def _text_encoders(trainer: "DiffusionTrainer") -> list[nn.Module]:
-    pipe = trainer.pipeline
-    return [m for m in (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3) if m is not None]
+def _text_encoders(trainer: DiffusionTrainer) -> list[nn.Module]:
+    encoders = (getattr(trainer.pipeline, name) for name in trainer.family.text_encoders)
+    return [encoder for encoder in encoders if encoder is not None]
 
 
 def _bytes(*modules: nn.Module) -> int:
-    """Size of parameters and buffers (the position embedding of SD3 is a large one)."""
+    """Size of parameters and buffers (a position embedding can be a large one)."""
     tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

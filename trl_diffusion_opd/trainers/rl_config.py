@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The settings of the trainers that learn from rewards."""
 
-import math
 from dataclasses import dataclass, field
 
 from ..losses.advantages import check_scale
+from ..utils.settings import AT_LEAST_1, POSITIVE, Rule, is_number
 from .base_config import DiffusionConfig
 
 
@@ -42,6 +42,13 @@ class RLConfig(DiffusionConfig):
     > - `per_device_train_batch_size`: Defaults to `24` instead of `8`: the images of a prompt.
     """
 
+    _rules = DiffusionConfig._rules | {
+        "num_generations": Rule(lambda value: value >= 2, "at least 2, or there is nothing to compare"),
+        "steps_per_rollout": AT_LEAST_1,
+        "advantage_clip": POSITIVE,
+        "reward_workers": AT_LEAST_1,
+    }
+
     per_device_train_batch_size: int = field(
         default=24, metadata={"help": "Number of images of each task that a process draws for a (micro-)step."}
     )
@@ -69,14 +76,10 @@ class RLConfig(DiffusionConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self._check("num_generations", self.num_generations >= 2, "at least 2, or there is nothing to compare")
-        self._check("steps_per_rollout", self.steps_per_rollout >= 1, "at least 1")
-        self._check("advantage_clip", self.advantage_clip > 0, "positive")
-        self._check("reward_workers", self.reward_workers >= 1, "at least 1")
         check_scale(self.scale_rewards)
         if self.reward_weights is not None:
-            finite = all(math.isfinite(weight) for weight in self.reward_weights)
-            self._check("reward_weights", finite, "a list of finite numbers")
+            valid = isinstance(self.reward_weights, list | tuple) and all(map(is_number, self.reward_weights))
+            self._check("reward_weights", valid, "a list of finite numbers")
         if self.steps_per_rollout > 1 and self.save_strategy not in ("no", "steps"):
             raise ValueError(
                 f"`save_strategy={self.save_strategy.value!r}` would save in the middle of a rollout, from where no run "

@@ -2,18 +2,15 @@
 """What the trainers that learn from rewards share: drawing images, scoring them, and comparing them."""
 
 import math
-import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from accelerate.utils.memory import clear_device_cache
-from diffusers import StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from torch import nn
 from tqdm.auto import tqdm
@@ -21,38 +18,21 @@ from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..data.rounds import TaskBatch
-from ..losses.advantages import group_advantages
+from ..losses.advantages import group_advantages, prompt_group
 from ..rewards.functions import RewardFunc, check_columns, reward_columns, reward_name, reward_threads
 from ..utils.hardware import on_device
 from ..utils.markdown import escape
 from .base_trainer import DiffusionTrainer
-from .plan import MethodPlan
+from .experience import Experience
+from .method_plan import MethodPlan
 from .rl_config import RLConfig
 
 
-@dataclass
-class Experience:
-    """
-    Images of a rollout that are trained on together.
+_MAX_UNSCORED_ROLLOUTS = 3
 
-    Args:
-        batch ([`TaskBatch`]):
-            Their task, prompts and seeds.
-        trajectory (`Any`):
-            What the method keeps of how they were drawn.
-        rewards (`dict[str, list[float]]`):
-            `reward`, and with several reward functions each of them; NaN where one failed.
-        advantages (`torch.Tensor`):
-            Of shape `[B]`.
-        taken (`torch.Tensor`):
-            Which of them are learned from; boolean, of shape `[B]`.
-    """
 
-    batch: TaskBatch
-    trajectory: Any
-    rewards: dict[str, list[float]] | None = None
-    advantages: torch.Tensor | None = None
-    taken: torch.Tensor | None = None
+class UnscoredError(RuntimeError):
+    """Every reward failed, rollout after rollout, so that nothing can be learned."""
 
 
 class RLTrainer(DiffusionTrainer):
@@ -68,14 +48,14 @@ class RLTrainer(DiffusionTrainer):
 
     def __init__(
         self,
-        model: str | Path | StableDiffusion3Pipeline,
+        model: str | Path | DiffusionPipeline,
         reward_funcs: RewardFunc | str | list[RewardFunc | str] | Mapping[str, Any],
         args: RLConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Callable | None, Callable | None] = (None, None),
-        peft_config: LoraConfig | None = None,
+        peft_config: LoraConfig | dict[str, Any] | None = None,
         adapter: str | Path | None = None,
     ):
         if train_dataset is None:
@@ -84,6 +64,7 @@ class RLTrainer(DiffusionTrainer):
             # One task, called like its reward.
             funcs = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
             name = "+".join(func if isinstance(func, str) else reward_name(func) for func in funcs)
+            name = name or "reward"  # of an empty list, which is refused below
             reward_funcs, train_dataset = {name: funcs}, {name: train_dataset}
             eval_dataset = None if eval_dataset is None else {name: eval_dataset}
             self._only_task = name
@@ -103,7 +84,8 @@ class RLTrainer(DiffusionTrainer):
             num_generations=args.num_generations,
         )
         self._experiences: dict[tuple[int, int], list[Experience]] = {}
-        self._shares: list[float] = []
+        self._loss_weights: list[float] = []
+        self._scored: dict[int, bool] = {}  # whether an image of the rollout of a step has a score
 
     def check_rewards(self, args: RLConfig) -> None:
         if unprompted := [task for task in self.reward_funcs if task not in self.datasets]:
@@ -122,7 +104,7 @@ class RLTrainer(DiffusionTrainer):
 
     def prompts_at_once(self) -> int:
         """Those of a rollout."""
-        return len(set(self.sampler.prompts_of(range(self.args.steps_per_rollout))))
+        return len(set(self.rounds.prompts_of(range(self.args.steps_per_rollout))))
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -135,8 +117,8 @@ class RLTrainer(DiffusionTrainer):
         }
 
     def plan(self) -> MethodPlan:
-        args, sampler = self.args, self.sampler
-        total = sampler.prompts_per_round * args.steps_per_rollout
+        args = self.args
+        total = self.rounds.prompts_per_round * args.steps_per_rollout
         return MethodPlan(
             objective=self.objective,
             tasks={
@@ -155,7 +137,7 @@ class RLTrainer(DiffusionTrainer):
 
     def load_method_state(self, folder: Path) -> None:
         step = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step
-        if step % self.args.steps_per_rollout:
+        if step % self.args.steps_per_rollout and step < self.planned_steps:  # at the end no images are needed
             raise ValueError(
                 f"The checkpoint {str(folder)!r} was saved in the middle of a rollout, whose images are gone: its step "
                 f"{step} is no multiple of `steps_per_rollout` = {self.args.steps_per_rollout}. Resume from another one, "
@@ -179,7 +161,9 @@ class RLTrainer(DiffusionTrainer):
         """Draws a batch without gradients: the final latents `[B, C, H, W]` and what `learn` needs to know."""
         raise NotImplementedError
 
-    def learn(self, model: nn.Module, experience: Experience, share: float, last: bool) -> dict[str, torch.Tensor]:
+    def learn(
+        self, model: nn.Module, experience: Experience, loss_weight: float, is_last_batch: bool
+    ) -> dict[str, torch.Tensor]:
         """
         Accumulates the gradient of a batch.
 
@@ -188,9 +172,9 @@ class RLTrainer(DiffusionTrainer):
                 The student, in its data-parallel wrapper.
             experience ([`Experience`]):
                 The batch.
-            share (`float`):
+            loss_weight (`float`):
                 Weight of each image's loss.
-            last (`bool`):
+            is_last_batch (`bool`):
                 Whether this is the last batch, in whose last backward gradients are reduced over the processes.
 
         Returns:
@@ -203,16 +187,11 @@ class RLTrainer(DiffusionTrainer):
 
     # Rounds
 
-    def training_step(self, model: nn.Module, inputs: dict[str, int], num_items_in_batch: Any = None) -> torch.Tensor:
+    def train_round(self, model: nn.Module, micro_round: int) -> tuple[torch.Tensor, int]:
         """
         One (micro-)round: every `steps_per_rollout` steps new images are drawn and scored; then a share is learned from.
         """
-        start = time.perf_counter()
-        model.train()
-        if self.args.torch_empty_cache_steps and self.state.global_step % self.args.torch_empty_cache_steps == 0:
-            clear_device_cache()
         offset = self.state.global_step % self.args.steps_per_rollout
-        micro_round = inputs["micro_round"] % self.args.gradient_accumulation_steps
         if offset == 0 and micro_round == 0:
             self.prepare_rollout()
             self.roll_out(self.state.global_step)
@@ -220,13 +199,13 @@ class RLTrainer(DiffusionTrainer):
         # At least one batch, for the reduction over the processes.
         useful = [experience for experience in experiences if experience.taken.any()] or experiences[-1:]
         metrics = [
-            self.learn(model, experience, self._shares[offset], last=experience is useful[-1]) for experience in useful
+            self.learn(model, experience, self._loss_weights[offset], is_last_batch=experience is useful[-1])
+            for experience in useful
         ]
-        loss = torch.cat([columns["loss"] for columns in metrics]).sum() * self._shares[offset]
+        loss = torch.cat([columns["loss"] for columns in metrics]).sum() * self._loss_weights[offset]
         self.check_finite(loss)
         self._log_learning(useful, metrics)
-        self.log_speed(sum(len(experience.batch.prompts) for experience in experiences), time.perf_counter() - start)
-        return loss
+        return loss, sum(len(experience.batch.prompts) for experience in experiences)
 
     @torch.no_grad()
     def roll_out(self, step: int) -> None:
@@ -234,12 +213,9 @@ class RLTrainer(DiffusionTrainer):
         Draws and scores the images of the next `steps_per_rollout` steps. Rewards are computed while more are drawn.
         """
         args, steps = self.args, range(step, step + self.args.steps_per_rollout)
-        if self._distinct_prompts is None:
-            self.prompts.prepare(step, lambda: self.sampler.prompts_of(steps))
-        else:
-            self.prompts.prepare("all", lambda: self._distinct_prompts)
+        self._prepare_prompts_of(steps)
         keys = [(offset, micro) for offset in range(len(steps)) for micro in range(args.gradient_accumulation_steps)]
-        batches = {(offset, micro): self.sampler.batches(step + offset, micro) for offset, micro in keys}
+        batches = {(offset, micro): self.rounds.batches(step + offset, micro) for offset, micro in keys}
         progress = tqdm(
             total=sum(len(batch.prompts) for group in batches.values() for batch in group),
             desc="Drawing images",
@@ -257,7 +233,7 @@ class RLTrainer(DiffusionTrainer):
                     latents, trajectory = self.draw(batch)
                     experience = Experience(batch, trajectory)
                     self._experiences[key].append(experience)
-                    images = self.decode(latents)
+                    images = self.sampler.decode(latents)
                     futures.append((experience, executor.submit(self._score, images, batch)))
                     progress.update(len(batch.prompts))
                     for _, future in futures:
@@ -268,7 +244,8 @@ class RLTrainer(DiffusionTrainer):
         self._compare([self._experiences[key] for key in keys])
 
     def _score(self, images: torch.Tensor, batch: TaskBatch) -> dict[str, list[float]]:
-        return reward_columns(self.reward_funcs[batch.task], images, batch, self.args.reward_weights)
+        funcs, args = self.reward_funcs[batch.task], self.args
+        return reward_columns(funcs, images, batch, args.reward_weights, timeout=args.reward_timeout)
 
     def _compare(self, rounds: list[list[Experience]]) -> None:
         """Sets the advantages, by statistics over all processes, and the weight of a image in each step's loss."""
@@ -276,9 +253,9 @@ class RLTrainer(DiffusionTrainer):
         experiences = [experience for group in rounds for experience in group]
         rewards = torch.tensor([r for e in experiences for r in e.rewards["reward"]], dtype=torch.float64)
         task_ids = torch.tensor([tasks.index(e.batch.task) for e in experiences for _ in e.batch.groups])
-        # Groups of different tasks may have the same number.
-        groups = torch.tensor([g for e in experiences for g in e.batch.groups]) * len(tasks) + task_ids
+        groups = torch.tensor([prompt_group(e.batch.task, prompt) for e in experiences for prompt in e.batch.prompts])
         everywhere = [self.accelerator.gather(t.to(device)).cpu() for t in (rewards.float(), groups, task_ids)]
+        self.check_scored(everywhere[0])
         first = self.args.process_index * len(rewards)
         advantages = group_advantages(*everywhere, scale=self.args.scale_rewards)
         advantages = advantages.clamp(-self.args.advantage_clip, self.args.advantage_clip)
@@ -293,10 +270,10 @@ class RLTrainer(DiffusionTrainer):
         # The loss of a step is the mean over the images that are learned from, in all processes.
         steps = self.args.steps_per_rollout
         counts = taken.reshape(self.args.world_size, steps, len(rewards) // steps).sum((0, 2)).tolist()
-        self._shares = [self.args.world_size / max(1, count) for count in counts]
+        self._loss_weights = [self.args.world_size / max(1, count) for count in counts]
         for index, task in enumerate(tasks):
             equal = (advantages[everywhere[2] == index] == 0).double().mean().item()
-            self._metrics[f"frac_reward_zero_std/{task}"].append(equal)
+            self.metrics[f"frac_reward_zero_std/{task}"].append(equal)
         self._log_rewards(experiences)
 
     def _log_rewards(self, experiences: list[Experience]) -> None:
@@ -309,11 +286,11 @@ class RLTrainer(DiffusionTrainer):
             scores = torch.tensor([score for part in parts for score in part[name, task]])
             valid = scores[scores.isfinite()]
             if len(valid):
-                self._metrics[f"{name}/{task}"].append(valid.mean().item())
+                self.metrics[f"{name}/{task}"].append(valid.mean().item())
             if name == "reward":
-                self._metrics[f"reward_failures/{task}"].append(len(scores) - len(valid))
+                self.metrics[f"reward_failures/{task}"].append(len(scores) - len(valid))
                 if len(valid):
-                    self._metrics[f"reward_std/{task}"].append(valid.std(correction=0).item())
+                    self.metrics[f"reward_std/{task}"].append(valid.std(correction=0).item())
 
     def _log_learning(self, experiences: list[Experience], metrics: list[dict[str, torch.Tensor]]) -> None:
         """Means of what `learn` returned, over the images that are learned from in all processes."""
@@ -325,12 +302,28 @@ class RLTrainer(DiffusionTrainer):
         for task, (*totals, count) in zip(tasks, self.accelerator.reduce(sums).tolist(), strict=True):
             for name, total in zip(names, totals, strict=True):
                 if count:
-                    self._metrics[f"{name}/{task}"].append(total / count)
+                    self.metrics[f"{name}/{task}"].append(total / count)
 
     def describe_rewards(self) -> str:
         """The tasks and their rewards, in words, as Markdown."""
         names = {escape(task): escape("+".join(map(reward_name, funcs))) for task, funcs in self.reward_funcs.items()}
         return ", ".join(task if task == name else f"{task} (rewarded by {name})" for task, name in names.items())
+
+    def check_scored(self, rewards: torch.Tensor) -> None:
+        """Raises an [`UnscoredError`] at the third rollout in a row of which no image, in all processes, has a score."""
+        self._scored[self.state.global_step] = bool(rewards.isfinite().any())
+        if len(self._scored) >= _MAX_UNSCORED_ROLLOUTS:
+            self.check_end()
+
+    def check_end(self) -> None:
+        """Raises an [`UnscoredError`] if no image of the last rollouts has a score."""
+        last = list(self._scored.values())[-_MAX_UNSCORED_ROLLOUTS:]
+        if last and not any(last):
+            raise UnscoredError(
+                f"No image of the last {len(last)} rollouts up to round {self.state.global_step} has a score: every reward "
+                "failed or was not finite, so that nothing was learned. See to the rewards (`trl-diffusion-opd rewards "
+                "--check`) and resume from the last checkpoint."
+            )
 
     def check_finite(self, loss: torch.Tensor) -> None:
         """Raises a `FloatingPointError` if the loss is NaN or infinite in any process."""
@@ -340,11 +333,3 @@ class RLTrainer(DiffusionTrainer):
                 f"The loss of round {self.state.global_step} is {mean.item()}. Nothing was updated and the last "
                 "checkpoint is intact. Lower `learning_rate`, or train in bf16 or fp32 instead of fp16."
             )
-
-
-def only(taken: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """
-    What was kept of images, `[B, ...]`, 0 for those that are not learned from: in the backward their NaN would be NaN
-    even with a weight of 0. The batch keeps its size, on which rounding depends.
-    """
-    return torch.where(taken.view(-1, *[1] * (kept.ndim - 1)), kept, 0.0)

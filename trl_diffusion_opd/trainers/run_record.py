@@ -7,26 +7,32 @@ import os
 from dataclasses import MISSING, fields
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
+from peft import LoraConfig
+from torch import nn
+from transformers import TrainerState, TrainingArguments
 
-from ..data.rounds import Prompts, num_prompts, spread
+from ..data.rounds import Prompts, RoundSampler, num_prompts, spread
+from ..hub.licenses import License
+from ..hub.locations import Origin
 from ..lora.adapters import has_no_effect
+from ..lora.ema import StudentEMA
+from ..models.family import ModelFamily
 from ..models.loading import STUDENT, default_lora
+from ..models.sampler import Policy
 from ..publishing.card_sections import link
-from ..publishing.record import PromptSet, RunRecord
-from ..rewards.functions import reward_name
+from ..publishing.record import Outcome, PromptSet, RunRecord
+from ..rewards.functions import RewardFunc, reward_name
+from ..sampling.denoising import Schedule
 from ..utils.hardware import device_name
 from ..utils.serialization import public_settings
 from .base_config import DiffusionConfig
+from .round_metrics import RoundMetrics
 
-
-if TYPE_CHECKING:
-    from peft import LoraConfig
-    from transformers import TrainingArguments
-
-    from .base_trainer import DiffusionTrainer
 
 LIBRARIES = ("trl-diffusion-opd", "trl", "diffusers", "transformers", "peft", "torch")
 # Settings of the machine or of the run's bookkeeping, which say nothing about the method.
@@ -41,71 +47,105 @@ _NOT_LORA_SETTINGS = ("base_model_name_or_path", "auto_mapping", "runtime_config
 _NUM_EXAMPLES = 2
 
 
-def record_run(trainer: "DiffusionTrainer") -> RunRecord:
+class RecordedRun(Protocol):
+    """What a record tells of: the part of a trainer that is read here."""
+
+    args: DiffusionConfig
+    state: TrainerState
+    accelerator: Accelerator
+    outcome: Outcome
+    metrics: RoundMetrics
+    tags: list[str]
+    paper: dict[str, str]
+    hub_model_id: str | None
+    family: ModelFamily
+    pipeline: DiffusionPipeline
+    transformer: nn.Module
+    ema: StudentEMA | None
+    latent_shape: tuple[int, int, int]
+    eval_schedule: Schedule
+    student_policy: Policy
+    base_origin: Origin
+    base_license: License
+    adapter_origin: Origin | None
+    datasets: dict[str, Prompts]
+    prompt_origins: dict[str, Origin]
+    eval_datasets: dict[str, Prompts]
+    eval_prompt_origins: dict[str, Origin]
+    reward_funcs: dict[str, list[RewardFunc]]
+    rounds: RoundSampler
+
+    def describe_run(self) -> dict[str, Any]: ...
+
+
+def record_run(run: RecordedRun) -> RunRecord:
     """The record of a trainer's run as it stands."""
-    args, state, outcome = trainer.args, trainer.state, trainer.outcome
-    name = trainer.hub_model_id or Path(args.output_dir).resolve().name
-    _, height, width = trainer.latent_shape
-    factor = trainer.pipeline.vae_scale_factor
-    functions = [func for funcs in trainer.reward_funcs.values() for func in funcs]
-    described = trainer.describe_run()
-    if trainer.adapter_origin is not None:
-        described["summary"] += f" It started from the LoRA {link(trainer.adapter_origin)}."
+    args, state, outcome = run.args, run.state, run.outcome
+    name = run.hub_model_id or Path(args.output_dir).resolve().name
+    height, width = run.family.image_size(run.pipeline, run.latent_shape)
+    functions = [func for funcs in run.reward_funcs.values() for func in funcs]
+    described = run.describe_run()
+    if run.adapter_origin is not None:
+        described["summary"] += f" It started from the LoRA {link(run.adapter_origin)}."
     return RunRecord(
         name=name.split("/")[-1],
-        base=trainer.base_origin,
-        repo_id=trainer.hub_model_id,
+        base=run.base_origin,
+        repo_id=run.hub_model_id,
         revision=args.hub_revision,
-        base_license=trainer.base_license,
-        tags=[*trainer._tag_names, *(["hf_jobs"] if "JOB_ID" in os.environ else [])],
-        prompts=[_prompts(trainer, task, data) for task, data in trainer.datasets.items()],
-        eval_prompts=[_eval_prompts(trainer, task, data) for task, data in trainer.eval_datasets.items()],
+        base_license=run.base_license,
+        tags=[
+            *run.family.card_tags(run.base_origin.repo_id),
+            *run.tags,
+            *(["hf_jobs"] if "JOB_ID" in os.environ else []),
+        ],
+        prompts=[_prompts(run, task, data) for task, data in run.datasets.items()],
+        eval_prompts=[_eval_prompts(run, task, data) for task, data in run.eval_datasets.items()],
         inference={
-            "height": height * factor,
-            "width": width * factor,
-            "num_inference_steps": len(trainer.eval_schedule),
-            "guidance_scale": trainer.student_policy.guidance_scale,
-            "max_sequence_length": args.max_sequence_length,
+            "height": height,
+            "width": width,
+            "num_inference_steps": len(run.eval_schedule),
+            **run.family.call_arguments(run.student_policy.guidance_scale, args.max_sequence_length),
         },
+        pipeline_class=run.family.pipeline_class.__name__,
         dtype="bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
-        settings={**changed_settings(args), **lora_settings(trainer.transformer.peft_config[STUDENT])},
+        settings={**changed_settings(args), **lora_settings(run.transformer.peft_config[STUDENT])},
         rounds=state.global_step,
         planned_rounds=max(0, state.max_steps or args.max_steps),
-        images_per_round=trainer.sampler.prompts_per_round * args.world_size,
+        images_per_round=run.rounds.prompts_per_round * args.world_size,
         seconds=outcome.seconds,
-        hardware=hardware(trainer),
+        hardware=hardware(run),
         gallery=outcome.gallery,
         results=outcome.results,
         evaluation=last_evaluation(state.log_history),
-        reward_names={task: [reward_name(func) for func in funcs] for task, funcs in trainer.reward_funcs.items()},
+        reward_names={task: [reward_name(func) for func in funcs] for task, funcs in run.reward_funcs.items()},
         reward_docs={reward_name(func): inspect.getdoc(func).split("\n")[0] for func in functions if func.__doc__},
         grid=outcome.grid,
         curves=outcome.curves,
-        paper=trainer._paper,
+        paper=run.paper,
         versions=library_versions(),
         date=date.today().isoformat(),
-        has_no_effect=state.global_step > 0 and has_no_effect(_saved_weights(trainer)),
+        has_no_effect=state.global_step > 0 and has_no_effect(_saved_weights(run)),
         **described,
     )
 
 
-def _saved_weights(trainer: "DiffusionTrainer") -> dict[str, torch.Tensor]:
+def _saved_weights(run: RecordedRun) -> dict[str, torch.Tensor]:
     """The student's weights as they are saved: the moving average if there is one."""
-    parameters = {name: p for name, p in trainer.transformer.named_parameters() if f".{STUDENT}." in name}
-    weights = parameters if trainer.ema is None else trainer.ema.state_dict()
+    parameters = {name: p for name, p in run.transformer.named_parameters() if f".{STUDENT}." in name}
+    weights = parameters if run.ema is None else run.ema.state_dict()
     return {name.replace(f".{STUDENT}.", "."): tensor for name, tensor in weights.items()}
 
 
-def resume_record(trainer: "DiffusionTrainer", checkpoint: str | Path) -> None:
+def resume_record(run: RecordedRun, checkpoint: str | Path) -> None:
     """Takes the time spent so far, and the images that are still there, from a checkpoint's record."""
     record = RunRecord.load(checkpoint)
-    record.drop_missing(trainer.args.output_dir)
-    outcome = trainer.outcome
+    record.drop_missing(run.args.output_dir)
+    outcome = run.outcome
     outcome.seconds = record.seconds
     outcome.gallery, outcome.grid, outcome.curves = record.gallery, record.grid, record.curves
 
 
-def changed_settings(args: "TrainingArguments") -> dict[str, Any]:
+def changed_settings(args: TrainingArguments) -> dict[str, Any]:
     """The settings that differ from the defaults that all trainers share, without those that name a machine."""
 
     def default(f) -> Any:
@@ -123,7 +163,7 @@ def changed_settings(args: "TrainingArguments") -> dict[str, Any]:
     }
 
 
-def lora_settings(config: "LoraConfig") -> dict[str, Any]:
+def lora_settings(config: LoraConfig) -> dict[str, Any]:
     """Rank, alpha and targets of a LoRA, named as in a recipe, and what else differs from the default LoRA."""
     ours, default = config.to_dict(), default_lora().to_dict()
     targets = ours["target_modules"]
@@ -149,14 +189,14 @@ def last_evaluation(log_history: list[dict[str, Any]]) -> dict[str, float]:
     return {}
 
 
-def hardware(trainer: "DiffusionTrainer") -> dict[str, Any]:
+def hardware(run: RecordedRun) -> dict[str, Any]:
     """Device, number of processes and peak memory of a run."""
     facts: dict[str, Any] = {
-        "device": device_name(trainer.accelerator.device),
-        "num_processes": trainer.args.world_size,
+        "device": device_name(run.accelerator.device),
+        "num_processes": run.args.world_size,
     }
-    if trainer._peak_memory:
-        facts["peak_memory_gb"] = round(trainer._peak_memory / 2**30, 2)
+    if run.metrics.peak_memory:
+        facts["peak_memory_gb"] = round(run.metrics.peak_memory / 2**30, 2)
     return facts
 
 
@@ -165,25 +205,25 @@ def library_versions(libraries: tuple[str, ...] = LIBRARIES) -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in libraries}
 
 
-def _prompts(trainer: "DiffusionTrainer", task: str, data: Prompts) -> PromptSet:
-    return PromptSet(task, trainer.prompt_origins[task], num_prompts(data), examples=_examples(trainer, data))
+def _prompts(run: RecordedRun, task: str, data: Prompts) -> PromptSet:
+    return PromptSet(task, run.prompt_origins[task], num_prompts(data), examples=_examples(run, data))
 
 
-def _eval_prompts(trainer: "DiffusionTrainer", task: str, data: Prompts) -> PromptSet:
-    column, number, trained = trainer.args.prompt_column, num_prompts(data), trainer.datasets[task]
+def _eval_prompts(run: RecordedRun, task: str, data: Prompts) -> PromptSet:
+    column, number, trained = run.args.prompt_column, num_prompts(data), run.datasets[task]
     num_seen = None
     if number is not None and num_prompts(trained) is not None:
         seen = set(trained[column])
         num_seen = sum(prompt in seen for prompt in data[column])
     return PromptSet(
         task,
-        trainer.eval_prompt_origins[task],
+        run.eval_prompt_origins[task],
         number,
-        num_images=trainer.args.num_eval_images or number,
+        num_images=run.args.num_eval_images or number,
         num_seen=num_seen,
-        examples=_examples(trainer, data),
+        examples=_examples(run, data),
     )
 
 
-def _examples(trainer: "DiffusionTrainer", data: Prompts) -> list[str]:
-    return [data[position][trainer.args.prompt_column] for position in spread(data, _NUM_EXAMPLES)]
+def _examples(run: RecordedRun, data: Prompts) -> list[str]:
+    return [data[position][run.args.prompt_column] for position in spread(data, _NUM_EXAMPLES)]

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from tests.support.runs import PROMPTS, make_teachers
 from tests.support.tiny import random_lora, save_diffusers_lora, save_peft_lora, tiny_pipeline
-from trl_diffusion_opd.cli.recipe import check_unique_keys, parse_recipe
+from trl_diffusion_opd.cli.recipe import parse_recipe
+from trl_diffusion_opd.cli.recipe_file import check_recipe
 from trl_diffusion_opd.cli.train import METHODS, main
 from trl_diffusion_opd.rewards.geneval_prompts import geneval_prompts
 from trl_diffusion_opd.rewards.lookup import load_function
@@ -26,7 +27,7 @@ SD35 = ROOT / "examples" / "configs" / "sd35_medium.yaml"
 
 
 def method_of(path):
-    return next((name for name in ("grpo", "nft") if f"_{name}" in path.stem), "train")
+    return next((name for name in ("grpo", "nft") if f"_{name}" in path.stem), "opd")
 
 
 @pytest.fixture
@@ -195,7 +196,7 @@ def test_the_published_recipe_without_the_hub_fails_with_one_line(tmp_path):
     ],
 )
 def test_mistakes_end_with_one_line_and_exit_code_2(recipe, capsys, changes, message):
-    error = failed(change(recipe, **changes), "train", capsys)
+    error = failed(change(recipe, **changes), "opd", capsys)
     assert re.search(message, error), error
 
 
@@ -240,7 +241,7 @@ def test_a_teacher_bound_twice_is_refused(tmp_path):
     path = tmp_path / "twice.yaml"
     path.write_text("teachers:\n  ocr: a/b\n  ocr: c/d\n")
     with pytest.raises(ValueError, match="the key 'ocr' is there twice"):
-        check_unique_keys(path)
+        check_recipe(path)
 
 
 def test_functions_are_found_by_module_and_by_file(tmp_path):
@@ -295,7 +296,7 @@ def test_some_tasks_of_a_recipe(recipe, capsys):
 
 @pytest.mark.parametrize(
     "path",
-    [path for path in CONFIGS if method_of(path) != "train" and "sd35" in path.stem],
+    [path for path in CONFIGS if method_of(path) != "opd" and "sd35" in path.stem],
     ids=lambda path: path.stem,
 )
 def test_the_published_recipes_with_rewards_pass_on_a_local_model(tmp_path, capsys, path):
@@ -347,6 +348,6 @@ def test_shipped_recipes_are_valid(path):
     script_args, config, recipe = parse_recipe(
         ["--config", str(path), "--fp16", "False"], (method.arguments, method.config)
     )
-    sources = script_args.teachers if method is METHODS["train"] else script_args.reward_funcs
+    sources = script_args.teachers if method is METHODS["opd"] else script_args.reward_funcs
     assert recipe == path and set(sources) == set(script_args.datasets) == set(script_args.eval_datasets)
     assert config.num_inference_steps == 10

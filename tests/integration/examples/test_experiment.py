@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The script of the whole experiment in the Shapes world: its jobs, their order, going on, and its table."""
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -10,9 +9,9 @@ import pytest
 
 from trl_diffusion_opd.cli.recipe import parse_recipe
 from trl_diffusion_opd.cli.train import METHODS
-from trl_diffusion_opd.evaluation.benchmark import add_arguments
+from trl_diffusion_opd.evaluation.benchmark.arguments import EvaluationArguments
 from trl_diffusion_opd.evaluation.benchmark.entries import choose_entries
-from trl_diffusion_opd.evaluation.benchmark.options import parse_options
+from trl_diffusion_opd.evaluation.benchmark.suites import choose_benchmarks
 
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "examples"))
@@ -38,7 +37,7 @@ def test_every_job_is_a_command_that_its_parser_takes(tmp_path):
         assert args.seed == 3 and args.output_dir == str(tmp_path / name)
     assert {name: method for name, (method, _, _) in made.items()} == {
         **{"shapes-teacher-geneval": "nft", "shapes-teacher-ocr": "grpo", "shapes-teacher-aesthetic": "grpo"},
-        **{"opd": "train", "joint-grpo-guard": "grpo", "joint-nft": "nft"},
+        **{"opd": "opd", "joint-grpo-guard": "grpo", "joint-nft": "nft"},
         **{f"cascade-nft-{task}": "nft" for task in TASKS},
     }
     for task in TASKS:
@@ -57,12 +56,13 @@ def test_every_job_is_a_command_that_its_parser_takes(tmp_path):
 
 
 def test_the_evaluation_has_every_row_of_the_table(tmp_path):
-    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
-    add_arguments(parser)
     command = jobs_of(tmp_path, seed=0, num_images=8)["evaluation"].command
-    options = parse_options(vars(parser.parse_args(command[4:])))
-    assert options["num_inference_steps"] == 10
-    rows = choose_entries(list(options["loras"]), options["guidance_scale"], merge=options["merge"])
+    assert command[3] == "eval"
+    options, _ = parse_recipe(command[4:], (EvaluationArguments,))
+    assert options.num_inference_steps == 10
+    suites = choose_benchmarks(options.benchmarks)
+    assert [suite.name for suite in suites] == [f"shapes_{task}" for task in TASKS]
+    rows = choose_entries(list(options.loras), options.guidance_scale, merge=options.merge)
     assert sorted(row.name for row in rows) == sorted(ROWS)
     teachers = tuple(f"teacher-{task}" for task in TASKS)
     assert [row.loras for row in rows if row.name.startswith("merge")] == [teachers, teachers]

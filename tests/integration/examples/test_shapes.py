@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 
 from trl_diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer
 from trl_diffusion_opd.data.prompt_sets import load_prompts
-from trl_diffusion_opd.evaluation.comparison import compare
 
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
@@ -219,7 +218,7 @@ def test_teachers_lead_on_their_own_tasks_and_their_merge_does_not(tmp_path):
         eval_dataset=files["test"],
         reward_funcs=REWARDS,
     )
-    results = compare(trainer)
+    results = trainer.compare()
     for task in TASKS:
         assert results["teachers"][task][task] > results["base"][task] + 0.1, results
     assert any(results["merge"][task] < results["teachers"][task][task] - 0.15 for task in TASKS), results

@@ -20,6 +20,8 @@ from trl_diffusion_opd.data.prompt_sets import load_prompts, task_datasets
 from trl_diffusion_opd.data.rounds import RoundSampler, StreamedPrompts, num_prompts, prompt_at, sample_seed, spread
 from trl_diffusion_opd.hub.errors import SourceError
 from trl_diffusion_opd.models.prompt_encoder import PromptEncoder
+from trl_diffusion_opd.models.registry import family_of
+from trl_diffusion_opd.models.velocity import Conditioning
 from trl_diffusion_opd.utils.hardware import on_device
 
 
@@ -297,18 +299,23 @@ def pipeline():
 
 def encoder(pipeline, **kwargs):
     settings = {"max_sequence_length": 16, "batch_size": 2, "offload": True, "show_progress": False}
-    return PromptEncoder(pipeline, torch.device("cpu"), **{**settings, **kwargs})
+    return PromptEncoder(pipeline, family_of(pipeline), torch.device("cpu"), **{**settings, **kwargs})
 
 
 def test_embeddings_are_those_of_the_pipeline(pipeline):
     prompts = ["a red circle", "two blue squares", "a boat at night"]
     conditioning = encoder(pipeline).conditioning(prompts)
     embeds, negative, pooled, negative_pooled = pipeline.encode_prompt(prompts, None, None, max_sequence_length=16)
-    torch.testing.assert_close(conditioning.prompt_embeds, embeds, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(conditioning.pooled_prompt_embeds, pooled, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(conditioning.batch(2.0)[0], torch.cat([negative, embeds]), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(conditioning.batch(2.0)[1], torch.cat([negative_pooled, pooled]), rtol=1e-5, atol=1e-6)
-    assert conditioning.batch(1.0)[0] is conditioning.prompt_embeds
+    expected = (
+        {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled},
+        {"prompt_embeds": negative, "pooled_prompt_embeds": negative_pooled},
+    )
+    for found, tensors in zip(conditioning.batch(2.0), expected, strict=True):
+        assert found.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(found[name], tensor.expand_as(found[name]), rtol=1e-5, atol=1e-6)
+            assert len(found[name]) == len(prompts)
+    assert conditioning.batch(1.0) == (conditioning.positive, None)
 
 
 def test_a_chunk_replaces_the_one_before_and_is_encoded_once(pipeline):
@@ -339,7 +346,7 @@ def test_text_encoders_are_moved_back_whatever_happens():
 
 
 def test_guidance_without_a_negative_prompt_is_refused(pipeline):
-    conditioning = encoder(pipeline).conditioning(["a"])
-    conditioning.negative_prompt_embeds = None
-    with pytest.raises(ValueError, match="`guidance_scale=4.5` needs the embeddings of a negative prompt"):
+    prompts = encoder(pipeline)
+    conditioning = Conditioning(prompts.family, list(prompts.encode(["a"]).values()))
+    with pytest.raises(ValueError, match="Guidance needs the embeddings of a negative prompt.*Encode '' too"):
         conditioning.batch(4.5)

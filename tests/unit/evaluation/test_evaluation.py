@@ -10,7 +10,7 @@ import torch
 
 from tests.support.runs import PROMPTS, make_teachers, make_trainer, student_state
 from tests.support.tiny import random_lora, save_diffusers_lora, tiny_transformer
-from trl_diffusion_opd.evaluation.comparison import compare, format_table, save_results
+from trl_diffusion_opd.evaluation.comparison import format_table, save_results
 from trl_diffusion_opd.evaluation.gains import gains
 from trl_diffusion_opd.evaluation.score import evaluation_batch
 from trl_diffusion_opd.lora.adapters import use_adapter
@@ -36,13 +36,13 @@ def test_metrics_of_every_task_with_independent_values(tmp_path):
     assert metrics["eval_reward/length/count"] == pytest.approx(sum(map(len, PROMPTS["count"])) / 5)
     assert metrics["eval_reward/scene"] == pytest.approx(sum(map(len, PROMPTS["scene"])) / 3)
     batch = evaluation_batch(trainer.eval_datasets["count"], "count", list(range(5)), seed=42, column="prompt")
-    images = trainer.sample_images(trainer.student_policy, batch)
+    images = trainer.grid.sample_batch(trainer.student_policy, batch)
     assert metrics["eval_reward/brightness/count"] == pytest.approx(images.mean().item(), rel=1e-4)
     expected = metrics["eval_reward/brightness/count"] + metrics["eval_reward/length/count"]
     assert metrics["eval_reward/count"] == pytest.approx(expected)
-    conditioning = trainer.grid_prompts.conditioning(batch.prompts)
+    conditioning = trainer.grid.prompts.conditioning(batch.prompts)
     text, values = conditioning.batch(2.0), []
-    for step in list(trainer.rollout(trainer.student_policy, conditioning, batch.seeds))[:3]:
+    for step in list(trainer.evaluator.rollout(trainer.student_policy, conditioning, batch.seeds))[:3]:
         timestep = trainer.eval_schedule.timesteps[step.index]
         with torch.no_grad(), use_adapter(trainer.transformer, "teacher_0"):
             target = trainer.model(step.sample, timestep, *text, 2.0)
@@ -139,11 +139,11 @@ def test_nothing_to_evaluate_is_an_error(tmp_path):
 def test_comparison_scores_base_teachers_merge_and_student(tmp_path):
     rewards = {"count": brightness, "scene": brightness}
     trainer = make_trainer(tmp_path, eval_dataset=PROMPTS, reward_funcs=rewards, guidance_scale=1.0)
-    results = compare(trainer)
+    results = trainer.compare()
     assert results["student"] == results["base"], "a new student is the base"
     assert set(results["teachers"]) == {"count", "scene"} and set(results["merge"]) == {"count", "scene"}
     batch = evaluation_batch(trainer.eval_datasets["count"], "count", list(range(5)), seed=42, column="prompt")
-    conditioning = trainer.grid_prompts.conditioning(batch.prompts)
+    conditioning = trainer.grid.prompts.conditioning(batch.prompts)
 
     # The merge, independently: a fresh transformer with both updates added to its weights.
     merged = tiny_transformer()
@@ -157,11 +157,12 @@ def test_comparison_scores_base_teachers_merge_and_student(tmp_path):
                 update = state[name.replace("lora_A", "lora_B")] @ state[name]
                 weights[name.replace("lora_A.", "")] += scaling * update
         assert config.lora_alpha / config.r == scaling
-    x = trainer.noise_sources(batch.seeds)[0]
+    x = trainer.sampler.noise(batch.seeds)[0]
     for j in range(4):
-        v = merged(x, *conditioning.batch(1.0), trainer.schedule.timesteps[j].repeat(5), return_dict=False)[0]
+        text = conditioning.positive["prompt_embeds"], conditioning.positive["pooled_prompt_embeds"]
+        v = merged(x, *text, trainer.schedule.timesteps[j].repeat(5), return_dict=False)[0]
         x = (x + (trainer.schedule.sigmas[j + 1] - trainer.schedule.sigmas[j]) * v).detach()
-    assert results["merge"]["count"] == pytest.approx(trainer.decode(x).mean().item(), rel=1e-4)
+    assert results["merge"]["count"] == pytest.approx(trainer.sampler.decode(x).mean().item(), rel=1e-4)
 
 
 def test_the_table_and_its_file(tmp_path):
@@ -189,7 +190,7 @@ def test_the_table_and_its_file(tmp_path):
 
 def test_comparison_without_rewards_is_refused(tmp_path):
     with pytest.raises(ValueError, match="pass `eval_dataset` and `reward_funcs`"):
-        compare(make_trainer(tmp_path, eval_dataset=PROMPTS))
+        make_trainer(tmp_path, eval_dataset=PROMPTS).compare()
 
 
 # Images
@@ -248,7 +249,7 @@ def test_a_full_model_teacher_has_no_merge(tmp_path):
     trainer = make_trainer(
         tmp_path, teachers=teachers, eval_dataset=PROMPTS, reward_funcs={"count": brightness}, guidance_scale=1.0
     )
-    results = compare(trainer)
+    results = trainer.compare()
     assert "merge" not in results and math.isfinite(results["teachers"]["scene"]["count"])
     assert "merge" not in format_table(results)
 

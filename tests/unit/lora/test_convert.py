@@ -185,7 +185,7 @@ def test_refusals(tmp_path):
         ("full", None, "full' is not empty. Choose another folder, or overwrite"),
         ("full/notes.txt", None, "must be a folder, not a file"),
         ("out.safetensors", None, "must be a folder, not a file"),
-        ("out", "onnx", "must be one of 'diffusers', 'peft', but is 'onnx'"),
+        ("out", "onnx", "must be one of 'diffusers', 'peft', 'comfyui', but is 'onnx'"),
     ):
         with pytest.raises(ValueError, match=message):
             convert_lora(source, tmp_path / destination, to)

@@ -10,6 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from tests.support.tiny import random_lora, tiny_inputs, tiny_transformer
 from trl_diffusion_opd.losses.opd import divergence_weight, step_divergence
+from trl_diffusion_opd.models.sd3 import StableDiffusion3
 from trl_diffusion_opd.models.velocity import VelocityModel
 from trl_diffusion_opd.sampling.denoising import Schedule, denoise, make_schedule
 from trl_diffusion_opd.sampling.transitions import SOLVERS, Transition, transition
@@ -194,11 +195,15 @@ def test_lora_gradients_are_those_of_the_papers_loss(noise_level):
     with torch.no_grad():
         for name, tensor in state_dict.items():
             parameters[name.replace(".weight", ".default.weight")].copy_(tensor)
-    models = [VelocityModel(transformer.double()) for transformer in (student, teacher)]
+    models = [VelocityModel(transformer.double(), StableDiffusion3()) for transformer in (student, teacher)]
     inputs = tiny_inputs(batch_size=2, dtype=torch.float64)
     x, s, t = inputs["hidden_states"], *STEPS[0]
     texts = [
-        torch.cat([inputs[name].flip(0), inputs[name]]) for name in ("encoder_hidden_states", "pooled_projections")
+        {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+        for embeds, pooled in (
+            (inputs["encoder_hidden_states"], inputs["pooled_projections"]),
+            (inputs["encoder_hidden_states"].flip(0), inputs["pooled_projections"].flip(0)),
+        )
     ]
     student_velocity = models[0](x, torch.tensor(1000 * s), *texts, 4.5)
     with torch.no_grad():
@@ -271,14 +276,20 @@ def test_each_sample_of_each_step_has_its_own_value(shape, noise_level):
 
 
 def test_the_loss_at_a_state_does_not_depend_on_the_noise_drawn_there():
-    models = [VelocityModel(tiny_transformer(seed)) for seed in (0, 1)]
+    models = [VelocityModel(tiny_transformer(seed), StableDiffusion3()) for seed in (0, 1)]
     inputs = tiny_inputs(batch_size=2)
-    texts = inputs["encoder_hidden_states"], inputs["pooled_projections"]
+    texts = (
+        {
+            "prompt_embeds": inputs["encoder_hidden_states"],
+            "pooled_prompt_embeds": inputs["pooled_projections"],
+        },
+        None,
+    )
     schedule = sd3_schedule()
 
     def losses(seed: int) -> list[torch.Tensor]:
-        def student(sample, index):
-            return models[0](sample, schedule.timesteps[index], *texts, 1.0)
+        def student(sample, timestep):
+            return models[0](sample, timestep, *texts, 1.0)
 
         values = []
         generator = torch.Generator().manual_seed(seed)

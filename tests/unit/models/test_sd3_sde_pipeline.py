@@ -15,7 +15,7 @@ from peft import LoraConfig, inject_adapter_in_model
 
 from tests.support.tiny import random_lora, tiny_pipeline
 from trl_diffusion_opd import StableDiffusion3SDEPipeline, StableDiffusion3SDEPipelineOutput
-from trl_diffusion_opd.models import sd3_sde_pipeline as pipeline
+from trl_diffusion_opd.models import family
 from trl_diffusion_opd.sampling.transitions import SOLVERS
 
 
@@ -565,7 +565,7 @@ def test_images_are_decoded_in_parts(ours, module_counts, monkeypatch):
     latents = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         whole = ours.decode_latents(latents)
-        monkeypatch.setattr(pipeline, "PIXELS_AT_ONCE", 2 * 16 * 16)
+        monkeypatch.setattr(family, "PIXELS_AT_ONCE", 2 * 16 * 16)
         parts = ours.decode_latents(latents)
     assert module_counts["decoder"] == 1 + 3
     torch.testing.assert_close(parts, whole, rtol=0, atol=1e-5)

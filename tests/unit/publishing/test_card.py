@@ -27,7 +27,6 @@ from tests.support.runs import PROMPTS, make_trainer, small_lora
 from tests.support.sd35_dry_run import dry_run
 from tests.support.tiny import tiny_pipeline
 from trl_diffusion_opd.data.rounds import TaskBatch
-from trl_diffusion_opd.evaluation.comparison import compare
 from trl_diffusion_opd.hub.licenses import LICENSE_IDS, License, as_license, read_license
 from trl_diffusion_opd.hub.locations import Origin
 from trl_diffusion_opd.publishing.card import render_card
@@ -493,7 +492,7 @@ def test_before_training_the_record_plans_and_afterwards_a_comparison_is_of_thes
     record = trainer.make_record()
     assert (record.rounds, record.planned_rounds, record.seconds) == (0, 2, 0.0)
     assert "Not trained yet" in render_card(record).text
-    results = compare(trainer)
+    results = trainer.compare()
     assert trainer.make_record().results == results
     trainer.train()
     assert trainer.make_record().results == {}

@@ -15,7 +15,6 @@ from transformers.models.mask2former.image_processing_pil_mask2former import Mas
 
 from tests.support.tiny_geneval import save_tiny_models
 from trl_diffusion_opd.rewards import check, load_reward
-from trl_diffusion_opd.rewards.base import weighted_sum
 from trl_diffusion_opd.rewards.detector import IMAGENET_STD, detect, detector_pixels, detector_size, find_instances
 from trl_diffusion_opd.rewards.geneval import GenEvalReward, crop
 from trl_diffusion_opd.rewards.geneval_prompts import geneval_prompts, metadata_column
@@ -31,6 +30,7 @@ from trl_diffusion_opd.rewards.geneval_rules import (
     relative_position,
     summarize,
 )
+from trl_diffusion_opd.rewards.sums import weighted_sum
 
 
 def found(name, score=0.95, box=(0, 0, 10, 10), color=None):

@@ -15,7 +15,7 @@ from trl_diffusion_opd.rewards.ocr import quoted, similarity
 
 
 def drawn(*lines: str, color: str = "black", background: str = "white", size: int = 320) -> torch.Tensor:
-    """A image with lines of text below each other."""
+    """An image with lines of text below each other."""
     image = Image.new("RGB", (size, size), background)
     pen = ImageDraw.Draw(image)
     for number, line in enumerate(lines):

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from tests.support.random_images import pictures
-from trl_diffusion_opd.rewards import REWARDS, base, check, load_reward
-from trl_diffusion_opd.rewards.base import Reward, weighted_sum
+from trl_diffusion_opd.rewards import REWARDS, base, check, load_reward, weighted_sum
+from trl_diffusion_opd.rewards.base import Reward
 
 
 class Brightness(Reward):

@@ -141,6 +141,13 @@ def test_key_comes_from_the_environment_only(monkeypatch):
         reward_of(server, api_key_env="JUDGE_KEY")
 
 
+def test_the_token_of_the_hub_is_for_nobody_else(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_mine")
+    with Server(lambda number, body: "Final Score: 5") as server:
+        assert reward_of(server)(pictures(1), ["a"]) == [1.0]
+    assert len(server.headers) == 2 and "hf_mine" not in str(server.headers) and "hf_mine" not in str(server.requests)
+
+
 def test_garbage_is_failed_and_the_rest_is_scored(caplog):
     answers = {
         "good": "Final Score: 2",
@@ -160,16 +167,23 @@ def test_garbage_is_failed_and_the_rest_is_scored(caplog):
 
 
 def test_a_broken_server_is_asked_again():
-    with Server(lambda number, body: 500 if number < 2 else "Final Score: 3") as server:
-        assert reward_of(server, max_retries=2)(pictures(1), ["a"]) == pytest.approx([0.6])
-        assert len(server.requests) == 3
+    waits = []
+
+    def patient(server, **options):
+        reward = reward_of(server, **options)
+        reward.server.sleep = waits.append
+        return reward
+
+    with Server(lambda number, body: 500 if number < 3 else "Final Score: 3") as server:
+        assert patient(server, max_retries=3)(pictures(1), ["a"]) == pytest.approx([0.6])
+        assert len(server.requests) == 4 and waits == [0.25, 0.5, 1.0]
     with Server(lambda number, body: 503) as server:
-        reward = reward_of(server, max_retries=1)
+        reward = patient(server, max_retries=1)
         assert math.isnan(reward(pictures(1), ["a"])[0])
-        assert len(server.requests) == 2 and reward.num_failed == 1
+        assert len(server.requests) == 2 and reward.num_failed == 1 and waits[3:] == [0.25]
     with Server(lambda number, body: 400) as server:
-        assert math.isnan(reward_of(server)(pictures(1), ["a"])[0])
-        assert len(server.requests) == 1  # it would say the same again
+        assert math.isnan(patient(server)(pictures(1), ["a"])[0])
+        assert len(server.requests) == 1 and len(waits) == 4  # it would say the same again
 
 
 def test_a_slow_server_is_not_waited_for():
@@ -191,7 +205,7 @@ def test_requests_are_sent_at_once_and_answers_keep_their_order():
 
     def answer(number, body):
         together.wait()  # goes on when four requests are here
-        time.sleep(0.05 * (4 - int(caption(body))))
+        time.sleep(0.02 * (4 - int(caption(body))))
         return f"Final Score: {int(caption(body)) + 1}"
 
     with Server(answer) as server:

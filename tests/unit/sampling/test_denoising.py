@@ -9,6 +9,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from tests.support.tiny import tiny_inputs, tiny_transformer
+from trl_diffusion_opd.models.sd3 import StableDiffusion3
 from trl_diffusion_opd.models.velocity import VelocityModel
 from trl_diffusion_opd.sampling.denoising import Schedule, denoise, make_schedule
 from trl_diffusion_opd.sampling.transitions import SOLVERS, transition
@@ -26,7 +27,7 @@ SCHEDULE = make_schedule(scheduler(), 10)
 
 @pytest.fixture(scope="module")
 def model() -> VelocityModel:
-    return VelocityModel(tiny_transformer(num_layers=1))
+    return VelocityModel(tiny_transformer(num_layers=1), StableDiffusion3())
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +35,14 @@ def inputs() -> dict[str, torch.Tensor]:
     return tiny_inputs(batch_size=3)
 
 
-def velocity_of(model, inputs, rows=slice(None), schedule=SCHEDULE):
-    def velocity(sample, index):
-        texts = inputs["encoder_hidden_states"][rows], inputs["pooled_projections"][rows]
-        return model(sample, schedule.timesteps[index], *texts, 1.0)
+def velocity_of(model, inputs, rows=slice(None)):
+    prompt = {
+        "prompt_embeds": inputs["encoder_hidden_states"][rows],
+        "pooled_prompt_embeds": inputs["pooled_projections"][rows],
+    }
+
+    def velocity(sample, timestep):
+        return model(sample, timestep, prompt, None, 1.0)
 
     return velocity
 
@@ -84,22 +89,9 @@ def test_schedule_repeats_the_formula_in_float64():
         ({"shift": 1.0}, {}, {}),
         ({}, {"sigmas": [1.0, 0.7, 0.2]}, {"sigmas": [1.0, 0.7, 0.2]}),
         ({"use_dynamic_shifting": True}, {"mu": 0.9}, {"mu": 0.9}),
-        ({"use_dynamic_shifting": True}, {"mu": 0.0, "image_seq_len": 4096}, {"mu": 0.0}),
-        # base_shift + (seq_len - base) (max_shift - base_shift) / (max - base), on the published defaults
-        ({"use_dynamic_shifting": True}, {"image_seq_len": 1024}, {"mu": 0.5 + (1024 - 256) * 0.65 / (4096 - 256)}),
-        (
-            {
-                "use_dynamic_shifting": True,
-                "base_shift": 0.2,
-                "max_shift": 0.8,
-                "base_image_seq_len": 16,
-                "max_image_seq_len": 64,
-            },
-            {"image_seq_len": 40},
-            {"mu": 0.5},
-        ),
+        ({"use_dynamic_shifting": True}, {"mu": 0.0}, {"mu": 0.0}),
     ],
-    ids=["default", "shift", "sigmas", "mu", "mu-zero", "patches", "patches-configured"],
+    ids=["default", "shift", "sigmas", "mu", "mu-zero"],
 )
 def test_schedule_is_the_schedulers_own(config, arguments, set_timesteps):
     num_steps = len(arguments.get("sigmas", range(7)))
@@ -143,7 +135,7 @@ def test_without_noise_first_order_solvers_walk_eulers_path(solver, model, input
     with torch.no_grad():
         for j in range(10):
             dt = SCHEDULE.sigmas[j + 1] - SCHEDULE.sigmas[j]
-            expected.append(expected[-1] + dt * velocity(expected[-1], j))
+            expected.append(expected[-1] + dt * velocity(expected[-1], SCHEDULE.timesteps[j]))
     expected = torch.stack(expected, dim=1)
 
     if solver == "flow":
@@ -168,7 +160,7 @@ def test_every_step_is_the_solvers_transition_from_the_state_before(solver, nois
         for j, state in enumerate(
             denoise(velocity, x, SCHEDULE, solver=solver, noise_level=noise_level, generator=ours)
         ):
-            predicted = velocity(x, j)
+            predicted = velocity(x, SCHEDULE.timesteps[j])
             expected = transition(
                 solver,
                 x,
@@ -215,7 +207,7 @@ def test_first_std_is_that_of_the_schedule_in_use(model, inputs):
     x = inputs["hidden_states"]
     for num_steps in (4, 10, 40):
         schedule = make_schedule(scheduler(), num_steps)
-        velocity = velocity_of(model, inputs, schedule=schedule)
+        velocity = velocity_of(model, inputs)
         with torch.no_grad():
             first = next(denoise(velocity, x, schedule, noise_level=0.7, generator=torch.Generator().manual_seed(0)))
         # With `sigmas[1]` in the denominator the step size cancels.
@@ -276,15 +268,15 @@ def test_the_callers_sample_is_not_written_to(model, inputs):
 def test_the_model_is_called_once_for_each_next(model, inputs):
     calls = []
 
-    def velocity(sample, index):
-        calls.append(index)
+    def velocity(sample, timestep):
+        calls.append(timestep)
         return -sample
 
     steps = denoise(velocity, inputs["hidden_states"], SCHEDULE)
     assert calls == []
     for j in range(10):
         assert next(steps).index == j
-        assert calls == list(range(j + 1))
+        assert torch.equal(torch.stack(calls), SCHEDULE.timesteps[: j + 1])
     with pytest.raises(StopIteration):
         next(steps)
     assert len(calls) == 10
@@ -295,13 +287,13 @@ def test_num_steps_stops_early_on_the_same_path(num_steps, model, inputs):
     x, calls = inputs["hidden_states"], []
     base = velocity_of(model, inputs)
 
-    def velocity(sample, index):
-        calls.append(index)
-        return base(sample, index)
+    def velocity(sample, timestep):
+        calls.append(timestep)
+        return base(sample, timestep)
 
     whole = roll_out(base, x, noise_level=0.7, generator=torch.Generator().manual_seed(0))
     part = roll_out(velocity, x, noise_level=0.7, generator=torch.Generator().manual_seed(0), num_steps=num_steps)
-    assert calls == list(range(num_steps))
+    assert calls == list(SCHEDULE.timesteps[:num_steps])
     assert torch.equal(part, whole[:, : num_steps + 1])
 
 
@@ -317,7 +309,7 @@ def test_next_sample_can_be_replaced(model, inputs):
     assert torch.equal(seen[5], other)
     # From there on, the path is the one that leaves from the replacement.
     rest = Schedule(SCHEDULE.sigmas[5:], SCHEDULE.timesteps[5:])
-    expected = roll_out(velocity_of(model, inputs, schedule=rest), other, rest)
+    expected = roll_out(velocity_of(model, inputs), other, rest)
     assert torch.equal(torch.stack(seen[5:], dim=1), expected[:, :-1])
 
 

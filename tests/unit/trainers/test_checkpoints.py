@@ -248,10 +248,10 @@ def test_stock_pipeline_gives_the_images_of_training(tmp_path, averaged):
     trainer.train()
     trainer.save_model()
     batch = evaluation_batch(trainer.datasets["count"], "count", [0, 1], seed=0, column="prompt")
-    trainer.grid_prompts.prepare("test", lambda: batch.prompts)
+    trainer.grid.prompts.prepare("test", lambda: batch.prompts)
     with trainer.student_weights(average=True):
-        expected = trainer.sample_images(trainer.student_policy, batch)
-    base = trainer.sample_images(trainer.policies()[0], batch)
+        expected = trainer.grid.sample_batch(trainer.student_policy, batch)
+    base = trainer.grid.sample_batch(trainer.policies()[0], batch)
     assert (expected - base).abs().max() > 1e-3
 
     pipe = tiny_pipeline()
@@ -260,7 +260,7 @@ def test_stock_pipeline_gives_the_images_of_training(tmp_path, averaged):
     images = StableDiffusion3Pipeline.__call__(
         pipe,
         batch.prompts,
-        latents=trainer.noise_sources(batch.seeds)[0],
+        latents=trainer.sampler.noise(batch.seeds)[0],
         num_inference_steps=6,
         guidance_scale=2.0,
         max_sequence_length=16,
@@ -274,21 +274,24 @@ def test_stock_pipeline_gives_the_images_of_training(tmp_path, averaged):
 
 
 def test_average_follows_its_definition(tmp_path):
-    """Decay min((1 + n) / (10 + n), decay) every second step, n steps taken before."""
+    """Decay min((1 + n) / (10 + n), decay) ** 2 every second step, after n steps; the student up to the first update."""
     from transformers import TrainerCallback
 
     expected = {}
 
     class Follow(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            n = state.global_step - 1
-            if (n + 1) % 2 == 0:
-                decay = min((1 + n) / (10 + n), 0.3)
+            n = state.global_step
+            if n == 1:
+                expected.update(student_state(trainer))
+            elif (n + 1) % 2 == 0:
+                decay = min((1 + n) / (10 + n), 0.3) ** 2
                 for name, raw in student_state(trainer).items():
                     expected[name] = decay * expected[name] + (1 - decay) * raw
 
-    trainer = make_trainer(tmp_path, max_steps=8, ema_decay=0.3, ema_update_every=2, callbacks=[Follow()])
-    expected.update(student_state(trainer))
+    trainer = make_trainer(
+        tmp_path, max_steps=8, ema_decay=0.3, ema_update_every=2, ema_update_repeats=2, callbacks=[Follow()]
+    )
     trainer.train()
     raw = student_state(trainer)
     for name, average in trainer.ema.state_dict().items():

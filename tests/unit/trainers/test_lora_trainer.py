@@ -18,6 +18,9 @@ from trl_diffusion_opd.trainers.lora_trainer import LoraTrainer
 
 
 OVERRIDES = [
+    "train",
+    "_run_epoch",
+    "_load_optimizer_and_scheduler",
     "_send_telemetry",
     "get_train_dataloader",
     "_save",
@@ -34,14 +37,18 @@ OVERRIDES = [
 
 @pytest.mark.parametrize("name", OVERRIDES)
 def test_an_override_takes_what_upstream_passes(name):
-    theirs = inspect.signature(getattr(_BaseTrainer, name)).parameters
-    ours = inspect.signature(getattr(LoraTrainer, name)).parameters
-    assert list(ours)[: len(theirs)] == list(theirs)
+    theirs = list(inspect.signature(getattr(_BaseTrainer, name)).parameters)
+    ours = list(inspect.signature(getattr(LoraTrainer, name)).parameters)
+    if "args" in ours:  # which takes and passes on all others
+        ours, theirs = ours[: ours.index("args")], theirs[: ours.index("args")]
+    assert ours[: len(theirs)] == theirs
 
 
 def test_there_are_no_overrides_beyond_the_list():
-    own = {name for name, value in vars(LoraTrainer).items() if callable(value) and hasattr(_BaseTrainer, name)}
-    assert own - {"__init__"} == set(OVERRIDES)
+    classes = LoraTrainer.__mro__[: LoraTrainer.__mro__.index(_BaseTrainer)]
+    assert [owner.__name__ for owner in classes] == ["LoraTrainer", "PushMixin"]
+    own = {name for owner in classes for name in vars(owner) if callable(getattr(_BaseTrainer, name, None))}
+    assert own - {"__init__", "__doc__", "__module__"} == set(OVERRIDES)
 
 
 def test_upstream_still_saves_in_place_through_the_methods_that_we_override():
@@ -61,6 +68,26 @@ def test_upstream_still_needs_the_overrides():
     assert "self.push_in_progress = None" in inspect.getsource(Trainer.init_hf_repo)
     assert not hasattr(SD3Transformer2DModel, "activation_checkpointing_enable")
     assert hasattr(SD3Transformer2DModel, "enable_gradient_checkpointing")
+
+
+def test_upstream_still_trains_before_it_asks_whether_a_step_is_left():
+    """It asks after a step alone, in the callback that stops training."""
+    assert "self._run_epoch(" in inspect.getsource(Trainer._inner_training_loop)
+    for function in (Trainer._inner_training_loop, Trainer._run_epoch):
+        assert "global_step >= " not in inspect.getsource(function)
+    assert "state.global_step >= state.max_steps" in inspect.getsource(transformers.DefaultFlowCallback.on_step_end)
+
+
+def test_upstream_still_takes_the_last_checkpoint_whoever_saved_it():
+    assert "get_last_checkpoint(args.output_dir)" in inspect.getsource(Trainer.train)
+    assert "self.set_initial_training_values(args, train_dataloader)" in inspect.getsource(
+        Trainer._inner_training_loop
+    )
+
+
+def test_upstream_still_loads_the_learning_rate_with_the_optimizer():
+    assert "self.optimizer.load_state_dict(" in inspect.getsource(Trainer._load_optimizer_and_scheduler)
+    assert "self._load_optimizer_and_scheduler(" in inspect.getsource(Trainer._prepare_for_training)
 
 
 def test_the_training_loop_hands_over_what_our_step_reads():

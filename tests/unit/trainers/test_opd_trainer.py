@@ -43,15 +43,15 @@ def three_pass_gradient(trainer, *, noise_level: float) -> dict[str, torch.Tenso
     """Algorithm 1 by the book: roll out, replay the teacher, replay the student, one backward over everything."""
     transformer, args = trainer.transformer, trainer.args
     sigmas, timesteps = trainer.schedule.sigmas.double().tolist(), trainer.schedule.timesteps
-    steps = args.num_inference_steps - args.skip_last_steps
-    encoded = trainer.prompts.encode([*trainer.sampler.distinct_prompts(99), ""])
+    steps = args.num_inference_steps - trainer.skip_last_steps
+    encoded = trainer.prompts.encode([*trainer.rounds.distinct_prompts(99), ""])
     dtype = next(transformer.parameters()).dtype
-    negative = tuple(tensor[None].to(dtype) for tensor in encoded[""])
+    negative = tuple(tensor[None].to(dtype) for tensor in encoded[""].values())
     losses = []
-    for batch in trainer.sampler.batches(0):
-        text = [torch.stack([encoded[prompt][i] for prompt in batch.prompts]).to(dtype) for i in (0, 1)]
+    for batch in trainer.rounds.batches(0):
+        text = [torch.stack([encoded[prompt][i] for prompt in batch.prompts]).to(dtype) for i in encoded[""]]
         teacher = trainer.loaded_teachers[batch.task]
-        x, generators = trainer.noise_sources(batch.seeds)
+        x, generators = trainer.sampler.noise(batch.seeds)
         x = x.to(dtype)
         states, noises = [], []
         for j in range(steps):
@@ -96,8 +96,8 @@ def test_single_pass_gives_the_gradient_of_three_passes(tmp_path, noise_level):
 def test_single_pass_equals_three_passes_to_rounding_in_float64(tmp_path):
     trainer = make_trainer(tmp_path, pipeline=tiny_pipeline().to(torch.float64))
     trainer.transformer.to(torch.float64)
-    noise_sources = trainer.noise_sources
-    trainer.noise_sources = lambda seeds: (noise_sources(seeds)[0].double(), noise_sources(seeds)[1])
+    noise = trainer.sampler.noise
+    trainer.sampler.noise = lambda seeds: (noise(seeds)[0].double(), noise(seeds)[1])
     single, reference = run_round(trainer), three_pass_gradient(trainer, noise_level=0.0)
     difference = sum((single[name] - reference[name]).square().sum() for name in reference).sqrt()
     # Not to the last bit: the reference computes the two branches of the guidance one after the other.
@@ -146,7 +146,7 @@ def test_a_teacher_that_equals_the_student_gives_exactly_zero(tmp_path):
     trainer = make_trainer(tmp_path, teachers={"count": str(tmp_path / "zero")}, data={"count": PROMPTS["count"]})
     gradients = run_round(trainer)
     assert all(gradient.eq(0).all() for gradient in gradients.values())
-    assert trainer._metrics["kl/count"] == [0.0]
+    assert trainer.metrics["kl/count"] == [0.0]
 
 
 def test_activation_checkpointing_changes_no_gradient(tmp_path):

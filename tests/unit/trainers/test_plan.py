@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from trl_diffusion_opd.trainers.plan import decoding_bytes
+from trl_diffusion_opd.models.sd3 import StableDiffusion3
 
 
 class LiveBytes(TorchDispatchMode):
@@ -52,5 +52,5 @@ def test_peak_of_decoding_by_the_vae_of_stable_diffusion_3(number):
         latents = torch.empty(number, 16, 64, 64)
         with LiveBytes() as live:
             vae.decode(latents)
-    assert decoding_bytes(vae, number * 512**2) == pytest.approx(live.peak, rel=0.02)
+    assert StableDiffusion3().decoding_bytes(vae, number * 512**2) == pytest.approx(live.peak, rel=0.02)
     assert live.peak == pytest.approx(0.81e9 * number, rel=0.01)

@@ -119,8 +119,8 @@ class TestAdapter:
         assert all(trainer.ema.state_dict()[n].equal(t) for n, t in weights.items() if ".default." in n)
 
         batch = evaluation_batch(trainer.datasets["brightness"], "brightness", [0, 1], seed=0, column="prompt")
-        trainer.grid_prompts.prepare("test", lambda: batch.prompts)
-        pictures = trainer.sample_images(trainer.student_policy, batch)
+        trainer.grid.prompts.prepare("test", lambda: batch.prompts)
+        pictures = trainer.grid.sample_batch(trainer.student_policy, batch)
         pipe = tiny_pipeline()
         pipe.set_progress_bar_config(disable=True)
         save_diffusers_lora(tmp_path / "stock", config, state)
@@ -128,7 +128,7 @@ class TestAdapter:
         expected = StableDiffusion3Pipeline.__call__(
             pipe,
             batch.prompts,
-            latents=trainer.noise_sources(batch.seeds)[0],
+            latents=trainer.sampler.noise(batch.seeds)[0],
             num_inference_steps=4,
             guidance_scale=2.0,
             max_sequence_length=16,

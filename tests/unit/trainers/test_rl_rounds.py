@@ -19,9 +19,9 @@ def learned_from(trainer) -> list:
     """The batches that a trainer goes on to learn from, in order, for as long as it lives."""
     seen, learn = [], trainer.learn
 
-    def note(model, experience, share, last):
+    def note(model, experience, loss_weight, is_last_batch):
         seen.append(experience)
-        return learn(model, experience, share, last)
+        return learn(model, experience, loss_weight, is_last_batch)
 
     trainer.learn = note
     return seen
@@ -129,13 +129,13 @@ class TestAdvantages:
         trainer = make_trainer(method, tmp_path, **settings)
         learn = trainer.learn
 
-        def spoil(model, experience, share, last):
+        def spoil(model, experience, loss_weight, is_last_batch):
             assert experience.taken.tolist() == [True, True, False, False, method == "nft", False]
             steps = [] if method == "nft" else experience.trajectory
             kept = [tensor for step in steps for tensor in (step.sample, step.velocity, step.noise)]
             for tensor in kept or [experience.trajectory]:
                 tensor[~experience.taken] = math.nan
-            return learn(model, experience, share, last)
+            return learn(model, experience, loss_weight, is_last_batch)
 
         trainer.learn = spoil
         for name, gradient in run_round(trainer).items():
@@ -155,8 +155,8 @@ class TestAdvantages:
         with Forwards(trainer.model) as forwards:
             run_round(trainer)
         assert sum(forwards.graded) == 3 and len(forwards.graded) == 3 + 2 * 4, "3 trained steps of one batch of two"
-        assert trainer._metrics["frac_reward_zero_std/count"] == [1.0]
-        assert "log_ratio/count" not in trainer._metrics and trainer._metrics["log_ratio/scene"] == [0.0]
+        assert trainer.metrics["frac_reward_zero_std/count"] == [1.0]
+        assert "log_ratio/count" not in trainer.metrics and trainer.metrics["log_ratio/scene"] == [0.0]
 
     @pytest.mark.parametrize(("method", "scores"), [("grpo", [2] * 4), ("grpo", [None] * 4), ("nft", [None] * 4)])
     def test_a_rollout_without_anything_to_learn_goes_by(self, tmp_path, method, scores):
@@ -201,10 +201,10 @@ class TestRewards:
         )
         seen = learned_from(trainer)
         run_round(trainer)
-        assert trainer._metrics["reward/plain+later"] == pytest.approx([8 / 3])
-        assert trainer._metrics["reward/plain/plain+later"] == [7 / 4]
-        assert trainer._metrics["reward/later/plain+later"] == pytest.approx([4 / 3])
-        assert trainer._metrics["reward_failures/plain+later"] == [1]
+        assert trainer.metrics["reward/plain+later"] == pytest.approx([8 / 3])
+        assert trainer.metrics["reward/plain/plain+later"] == [7 / 4]
+        assert trainer.metrics["reward/later/plain+later"] == pytest.approx([4 / 3])
+        assert trainer.metrics["reward_failures/plain+later"] == [1]
         assert seen[0].rewards["reward"][::2] == [2.0, 2.0] and math.isnan(seen[0].rewards["reward"][1])
         assert seen[0].taken.tolist() == [True, False, True, True]
         assert graded == [False, False], "no gradients in the threads either"
@@ -274,7 +274,7 @@ class TestRewards:
         assert list(trainer.datasets) == ["ocr+brightness"]
         run_round(trainer)
         run_round(trainer, 1)
-        assert sorted(trainer._metrics["reward_failures/ocr+brightness"]) == [0, 4], "a cat has nothing to read"
+        assert sorted(trainer.metrics["reward_failures/ocr+brightness"]) == [0, 4], "a cat has nothing to read"
         assert trainer.make_record().reward_names == {"ocr+brightness": ["ocr", "brightness"]}
 
     def test_an_error_ends_the_run_at_once(self, tmp_path):

@@ -81,10 +81,10 @@ class TestGRPO:
     def test_the_noise_that_is_kept_is_the_noise_that_was_drawn(self, tmp_path):
         trainer = make_trainer("grpo", tmp_path, data=["a red circle"])
         trainer.prepare_prompts(0)
-        (batch,) = trainer.sampler.batches(0)
+        (batch,) = trainer.rounds.batches(0)
         with torch.no_grad():
             latents, visited = trainer.draw(batch)
-        generators = trainer.noise_sources(batch.seeds)[1]
+        generators = trainer.sampler.noise(batch.seeds)[1]
         assert len(visited) == 3 and latents.shape == (4, 4, 8, 8)
         for step in visited:
             drawn = torch.stack([torch.randn(4, 8, 8, generator=generator) for generator in generators])
@@ -143,7 +143,7 @@ class TestNFT:
     def test_the_old_policy_draws(self, tmp_path):
         trainer = make_trainer("nft", tmp_path)
         trainer.prepare_prompts(0)
-        (batch,) = trainer.sampler.batches(0)
+        (batch,) = trainer.rounds.batches(0)
         with torch.no_grad():
             first, kept = trainer.draw(batch)
             perturb(trainer)
@@ -182,15 +182,15 @@ class TestNFT:
 @pytest.mark.parametrize("method", ["grpo", "nft"])
 def test_the_reference_is_the_base_whatever_the_run_started_from(tmp_path, method):
     trainer = make_trainer(method, tmp_path)
-    batch = trainer.sampler.batches(0)[0]
+    batch = trainer.rounds.batches(0)[0]
     trainer.prepare_prompts(0)
-    text = trainer.prompts.conditioning(batch.prompts).batch(2.0)
-    x, t = trainer.noise_sources(batch.seeds)[0], trainer.schedule.timesteps[1]
-    base = trainer.policy_velocity(Policy("base", 2.0), x, t, text)
-    assert trainer.policy_velocity(trainer.student_policy, x, t, text).equal(base), "B is zero"
+    text = trainer.prompts.conditioning(batch.prompts)
+    x, t = trainer.sampler.noise(batch.seeds)[0], trainer.schedule.timesteps[1]
+    base = trainer.sampler.velocity(Policy("base", 2.0), x, t, text)
+    assert trainer.sampler.velocity(trainer.student_policy, x, t, text).equal(base), "B is zero"
     perturb(trainer)
-    assert trainer.policy_velocity(Policy("base", 2.0), x, t, text).equal(base)
+    assert trainer.sampler.velocity(Policy("base", 2.0), x, t, text).equal(base)
     with torch.no_grad(), use_adapter(trainer.transformer, "default"):
-        assert not trainer.model(x, t, *text, 2.0).allclose(base, atol=1e-3)
+        assert not trainer.model(x, t, *text.batch(2.0), 2.0).allclose(base, atol=1e-3)
     assert all(p.requires_grad for name, p in trainer.transformer.named_parameters() if ".default." in name)
     assert student_state(trainer)

@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Drawing the images of an evaluation: a first-order ODE from noise that belongs to the image alone."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers.utils import scale_lora_layers, unscale_lora_layers
 from tqdm.auto import tqdm
 
 from ...hub.locations import Origin
-from ...lora.adapters import add_lora, base_only, use_adapter
-from ...models.loading import latent_shape, load_pipeline
+from ...lora.adapters import add_lora
+from ...models.family import ModelFamily
+from ...models.loading import load_pipeline
 from ...models.prompt_encoder import PromptEncoder
+from ...models.sampler import Policy, PolicySampler
 from ...models.velocity import Conditioning, VelocityModel
-from ...sampling.denoising import denoise, make_schedule
 from .entries import Entry, Lora
 from .folder import ResultsFolder
 
@@ -32,7 +32,7 @@ class ImageSpec:
 
     Args:
         entry ([`Entry`]):
-            Who draws it.
+            The model and guidance that it is drawn with.
         benchmark (`str`):
             Whose prompt it has.
         position (`int`):
@@ -50,14 +50,14 @@ class ImageSpec:
     seed: int
 
 
-class Painter:
+class EntrySampler:
     """
     The base with all LoRAs on it, ready to draw.
 
     Args:
         model (`str` or `Path`):
             The base: `owner/repo[@revision]` on the Hub or a local folder.
-        origin ([`Origin`]):
+        origin ([`Origin`]), family ([`ModelFamily`]):
             What [`check_pipeline`] returned of it.
         loras (`Mapping[str, Lora]`):
             LoRAs by name.
@@ -70,7 +70,7 @@ class Painter:
         resolution (`int`, *optional*):
             Height and width, by default 512 or the base's own size if that is smaller.
         max_sequence_length (`int`):
-            Length of the T5 prompt in tokens.
+            Length of a prompt in tokens.
         show_progress (`bool`, *optional*, defaults to `True`):
             Whether to show progress bars.
 
@@ -82,6 +82,7 @@ class Painter:
         self,
         model: str | Path,
         origin: Origin,
+        family: ModelFamily,
         loras: Mapping[str, Lora],
         *,
         dtype: torch.dtype,
@@ -91,22 +92,21 @@ class Painter:
         max_sequence_length: int,
         show_progress: bool = True,
     ):
-        self.dtype, self.device = dtype, device
-        self.pipeline = pipe = load_pipeline(model, dtype, origin=origin)
-        self.resolution = resolution or min(LARGEST_DEFAULT, pipe.default_sample_size * pipe.vae_scale_factor)
-        self.latent_shape = latent_shape(pipe, self.resolution, self.resolution)
+        self.dtype = dtype
+        pipe = load_pipeline(model, dtype, origin=origin, family=family)
+        self.resolution = resolution or min(LARGEST_DEFAULT, *family.image_size(pipe, family.latent_shape(pipe)))
+        shape = family.latent_shape(pipe, self.resolution, self.resolution)
         self.adapters = {name: f"lora_{index}" for index, name in enumerate(loras)}
         for name, lora in loras.items():
             add_lora(pipe.transformer, lora.weights, self.adapters[name])
-        self.velocity = VelocityModel(pipe.transformer).to(device)
+        velocity = VelocityModel(pipe.transformer, family).to(device)
         pipe.vae.to(device)
-        self.schedule = make_schedule(
-            pipe.scheduler,
-            num_inference_steps,
-            image_seq_len=math.prod(self.latent_shape[1:]) // pipe.patch_size**2,
-        )
+        autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
+        self.sampler = PolicySampler(pipe, velocity, shape, device=device, autocast=autocast)
+        self.schedule = family.schedule(pipe, num_inference_steps, shape)
         self.prompts = PromptEncoder(
             pipe,
+            family,
             device,
             max_sequence_length=max_sequence_length,
             batch_size=16,
@@ -114,37 +114,26 @@ class Painter:
             show_progress=show_progress,
         )
 
-    @torch.no_grad()
     def draw(self, entry: Entry, conditioning: Conditioning, seeds: Sequence[int]) -> torch.Tensor:
-        """Images `[B, 3, H, W]` in `[0, 1]` on the CPU."""
-        transformer, scale = self.velocity.transformer, entry.guidance_scale
-        text, timesteps = conditioning.batch(scale), self.schedule.timesteps.to(self.device)
-        # Drawn on the CPU, so that it is the same on every device.
-        noise = [torch.randn(self.latent_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        names = [self.adapters[name] for name in entry.loras]
+        """
+        Images `[B, 3, H, W]` in `[0, 1]` on the CPU.
 
-        def velocity(sample: torch.Tensor, index: int) -> torch.Tensor:
-            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                return self.velocity(sample, timesteps[index], *text, scale)
-
-        with use_adapter(transformer, *names) if names else base_only(transformer):
-            scale_lora_layers(transformer, entry.weight)
-            try:
-                for step in denoise(velocity, torch.stack(noise).to(self.device), self.schedule):
-                    latents = step.next_sample
-            finally:
-                unscale_lora_layers(transformer, entry.weight)
-        images = self.pipeline.decode_latents(latents)
+        Raises:
+            `ValueError`: they hold pixels that are not numbers.
+        """
+        adapters = tuple(self.adapters[name] for name in entry.loras)
+        policy = Policy(entry.name, entry.guidance_scale, adapters, weight=entry.weight)
+        images = self.sampler.decode(self.sampler.sample_latents(policy, conditioning, list(seeds), self.schedule))
         if not images.isfinite().all():
             raise ValueError(
                 f"{entry.name!r} draws pixels that are not numbers in {str(self.dtype).removeprefix('torch.')}. "
                 "Try another `--dtype`; if it is no better in float32, its weights are broken."
             )
-        return (images / 2 + 0.5).clamp(0, 1).float().cpu()
+        return images
 
 
 def draw_images(
-    painter: Painter,
+    sampler: EntrySampler,
     folder: ResultsFolder,
     wanted: Sequence[ImageSpec],
     *,
@@ -155,7 +144,7 @@ def draw_images(
     Draws images and writes each batch when it is done.
 
     Args:
-        painter ([`Painter`]):
+        sampler ([`EntrySampler`]):
             The models.
         folder ([`ResultsFolder`]):
             Where to.
@@ -169,13 +158,13 @@ def draw_images(
     with tqdm(total=len(wanted), desc="Drawing", disable=not show_progress) as progress:
         for start in range(0, len(wanted), IMAGES_AT_ONCE):
             chunk = wanted[start : start + IMAGES_AT_ONCE]
-            painter.prompts.prepare(start, lambda chunk=chunk: [spec.prompt for spec in chunk])
+            sampler.prompts.prepare(start, lambda chunk=chunk: [spec.prompt for spec in chunk])
             for entry in dict.fromkeys(spec.entry for spec in chunk):
                 own = [spec for spec in chunk if spec.entry == entry]
                 for first in range(0, len(own), batch_size):
                     batch = own[first : first + batch_size]
-                    conditioning = painter.prompts.conditioning([spec.prompt for spec in batch])
-                    images = painter.draw(entry, conditioning, [spec.seed for spec in batch])
+                    conditioning = sampler.prompts.conditioning([spec.prompt for spec in batch])
+                    images = sampler.draw(entry, conditioning, [spec.seed for spec in batch])
                     for image, spec in zip(images, batch, strict=True):
                         folder.save_image(image, entry.name, spec.benchmark, spec.position)
                     progress.update(len(batch))

@@ -1,23 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is compared: the base, LoRAs on it and their merges, each at a guidance scale. One row of a table each."""
 
-import hashlib
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from ...hub.download import resolve
-from ...hub.locations import Origin, parse_source
-from ...lora.files import LoraWeights, read_lora
+from ...hub.locations import Origin
+from ...lora.files import LoraWeights, load_lora
+from ...lora.fingerprints import lora_sha256
+from .options import DEFAULT_GUIDANCE
 
 
 BASE = "base"
 MERGES = ("sum", "mean")
-DEFAULT_GUIDANCE = 4.5
 _RESERVED = (BASE, *(f"merge_{merge}" for merge in MERGES), "prompts")
 
 
@@ -135,19 +131,6 @@ def load_loras(sources: Mapping[str, str | Path]) -> dict[str, Lora]:
     """
     loras = {}
     for name, source in sources.items():
-        owner = f"LoRA {name!r} ({source})"
-        found = resolve(source, owner=owner)
-        weights = read_lora(found.path, owner=owner)
-        loras[name] = Lora(weights, Origin.of_source(parse_source(source), found.commit), lora_sha256(weights))
+        weights, origin = load_lora(source, owner=f"LoRA {name!r} ({source})")
+        loras[name] = Lora(weights, origin, lora_sha256(weights))
     return loras
-
-
-def lora_sha256(weights: LoraWeights) -> str:
-    """Fingerprint of what a LoRA does: its tensors and its scaling, whatever file they are in."""
-    config = weights.config
-    scaling = [config.r, config.lora_alpha, config.use_rslora, config.rank_pattern, config.alpha_pattern]
-    digest = hashlib.sha256(json.dumps(scaling, sort_keys=True).encode())
-    for name, tensor in sorted(weights.state_dict.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()

@@ -34,7 +34,7 @@ class ResultsFolder:
     # Images
 
     def image_file(self, model: str, benchmark: str, position: int) -> Path:
-        """The file of a image, numbered from 1."""
+        """The file of an image, numbered from 1."""
         return self.path / model / benchmark / f"{position + 1:05d}.png"
 
     def save_image(self, image: torch.Tensor, model: str, benchmark: str, position: int) -> None:

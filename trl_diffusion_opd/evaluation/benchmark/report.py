@@ -87,7 +87,7 @@ def _images(folder: ResultsFolder, settings: dict[str, Any], benchmark: str) -> 
 
 
 def _tag(prompt: dict[str, Any], about: dict[str, Any]) -> str | None:
-    """GenEval's kind of a prompt, if GenEval's reward judges it; else `metadata` may be anything."""
+    """GenEval's kind of a prompt, if GenEval's reward scores it; else `metadata` may be anything."""
     if "metadata" in prompt and _is_built_in("geneval", about["rewards"].get("geneval", "")):
         return parse_metadata(prompt["metadata"])["tag"]
     return prompt.get("tag")

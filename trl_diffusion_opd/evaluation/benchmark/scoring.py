@@ -39,7 +39,7 @@ class Scorer:
         func (`Callable`):
             The reward.
         benchmarks (`tuple[str, ...]`):
-            Benchmarks that it scorers.
+            Benchmarks that it scores.
         built_in (`bool`):
             Whether it is one of the rewards of this package.
         sha256 (`str`, *optional*):
@@ -64,7 +64,7 @@ def make_scorers(
 
     Args:
         benchmarks (`Sequence[Benchmark]`):
-            What is to be judged.
+            What is to be scored.
         device (`torch.device`):
             Where their models are going to run.
         options (`Mapping[str, Mapping[str, Any]]`, *optional*):
@@ -91,7 +91,7 @@ def _make_scorer(spec: str, benchmarks: Sequence[Benchmark], device: torch.devic
     built_in = isinstance(func, str)
     description = spec.replace("\\", "/").rpartition("/")[2]  # without the folder of a file
     if built_in:
-        # The benchmark's own judgment, not the partial score of training.
+        # The benchmark's own score, not the partial score of training.
         options = ({"strict": True} if spec == "geneval" else {}) | options
         try:
             func = load_reward(spec, **{"device": device, **options})

@@ -1,38 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmarks: where their prompts are and which rewards judge their images."""
+"""The benchmarks: where their prompts are and which rewards score their images."""
 
 import hashlib
 import json
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 
 if TYPE_CHECKING:
     from ...hub.locations import Origin
 
-SHAPES = "shapes"  # stands for the benchmarks of the three tasks of examples/shapes
+BENCHMARK_FILE = re.compile(r"(?P<file>.+\.ya?ml)(:(?P<name>.+))?", re.IGNORECASE)
+_LOCAL = (".txt", ".jsonl", ".json", ".csv", ".parquet", ".py")
 _RESERVED = ("index",)  # the page of the tables
 GENERATED = "generated"  # a source of prompts: GenEval's own rules
 # GenEval draws four images of each of its 553 prompts.
 _GENEVAL_REPEATS = 4
-_MODEL_BASED = ("pickscore", "clipscore", "hpsv2", "aesthetic", "imagereward", "unifiedreward")
-_FLOW_GRPO = "https://raw.githubusercontent.com/yifan123/flow_grpo/main/dataset"
-_DIFFUSION_NFT = "https://raw.githubusercontent.com/NVlabs/DiffusionNFT/main/dataset"
 
 
 @dataclass(frozen=True)
 class Benchmark:
     """
-    A prompt set with its scorers.
+    A prompt set with its rewards.
 
     Args:
         name (`str`):
             Its name in options, folders and files.
         title (`str`):
-            Its name in tables.
+            Its name in tables. Benchmarks whose titles begin with the same words before a comma share a table, in
+            which the words after it tell them apart.
         source (`str`):
             Where the prompts are: an address, a local file or folder, a dataset of the Hub, or `"generated"`.
         rewards (`tuple[str, ...]`):
@@ -45,39 +47,65 @@ class Benchmark:
     rewards: tuple[str, ...]
 
 
-BENCHMARKS = {
-    benchmark.name: benchmark
-    for benchmark in (
-        Benchmark("geneval", "GenEval", f"{_FLOW_GRPO}/geneval/test_metadata.jsonl", ("geneval",)),
-        Benchmark("ocr", "OCR", f"{_FLOW_GRPO}/ocr/test.txt", ("ocr",)),
-        Benchmark("drawbench", "DrawBench", f"{_DIFFUSION_NFT}/drawbench/test.txt", _MODEL_BASED),
-        Benchmark("pickapic", "Pick-a-Pic", f"{_FLOW_GRPO}/pickscore/test.txt", _MODEL_BASED),
-    )
-}
-
-
-def shapes_benchmarks() -> dict[str, Benchmark]:
+def read_benchmarks(file: str | Path) -> dict[str, Benchmark]:
     """
-    The held-out prompts and the rules of the Shapes world, a benchmark per task.
+    Reads a file of benchmarks.
+
+    Args:
+        file (`str` or `Path`):
+            YAML with a mapping `name`, `title` (by default the name), `prompts`, `rewards` (one or a list of them), or a
+            list of such mappings. Paths are as seen from the folder of the file.
+
+    Returns:
+        `dict[str, Benchmark]`: the benchmarks by name.
 
     Raises:
-        `ValueError`: this is not a checkout of the repository.
+        `ValueError`: there is no such file, or it is not of this form.
     """
-    folder = Path(__file__).resolve().parents[3] / "examples" / "shapes"
-    if not (folder / "rewards.py").is_file():
-        raise ValueError(
-            f"The benchmark {SHAPES!r} is part of the repository, not of the installed package. Clone the repository and "
-            "install it with `pip install -e .`."
-        )
-    return {
-        f"{SHAPES}_{task}": Benchmark(
-            f"{SHAPES}_{task}",
-            f"Shapes, {task}",
-            str(folder / "prompts" / f"{task}_test.txt"),
-            (f"{folder / 'rewards.py'}:{task}",),
-        )
-        for task in ("geneval", "ocr", "aesthetic")
-    }
+    file = Path(file).expanduser()
+    if not file.is_file():
+        raise ValueError(f"There is no file of benchmarks {str(file)!r}. Check the path after `--benchmarks`.")
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{str(file)!r} is no YAML: {error}") from error
+    benchmarks = {}
+    for number, entry in enumerate(content if isinstance(content, list) else [content], 1):
+        benchmark = _read_benchmark(entry, file, f"{str(file)!r}, benchmark {number}")
+        if benchmark.name in benchmarks:
+            raise ValueError(f"{str(file)!r} has two benchmarks {benchmark.name!r}. Rename one of them.")
+        benchmarks[benchmark.name] = benchmark
+    if not benchmarks:
+        raise ValueError(f"{str(file)!r} holds no benchmark. Give it `name`, `prompts` and `rewards`.")
+    return benchmarks
+
+
+def _read_benchmark(entry: Any, file: Path, where: str) -> Benchmark:
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"{where}: must have `name`, `prompts` and `rewards`, but is a {type(entry).__name__}.")
+    if unknown := [key for key in entry if key not in ("name", "title", "prompts", "rewards")]:
+        raise ValueError(f"{where}: there is no {unknown[0]!r}. It has `name`, `title`, `prompts` and `rewards`.")
+    rewards = entry.get("rewards")
+    rewards = [rewards] if isinstance(rewards, str) else rewards
+    texts = {key: entry.get(key) for key in ("name", "prompts")} | {"title": entry.get("title", entry.get("name"))}
+    for key, value in texts.items():
+        if not isinstance(value, str) or not value:
+            raise ValueError(f"{where}: `{key}` must be text, but is {reprlib.repr(value)}.")
+    if not isinstance(rewards, list) or not rewards or not all(isinstance(spec, str) for spec in rewards):
+        raise ValueError(f"{where}: `rewards` must be a name or a list of names, but is {reprlib.repr(rewards)}.")
+    specs = tuple(_beside(file, spec) for spec in rewards)
+    return Benchmark(texts["name"], texts["title"], _beside(file, texts["prompts"]), specs)
+
+
+def _beside(file: Path, value: str) -> str:
+    """A path, or `path.py:function`, as seen from the folder of a file; an address or a name as it is."""
+    path, colon, function = value.rpartition(":") if ".py:" in value else (value, "", "")
+    found = (file.parent / path).resolve()
+    local = "://" not in value and (found.suffix in _LOCAL or found.exists())
+    return f"{found}{colon}{function}" if local else value
+
+
+BENCHMARKS = read_benchmarks(Path(__file__).with_name("benchmarks.yaml"))
 
 
 def choose_benchmarks(
@@ -90,7 +118,8 @@ def choose_benchmarks(
 
     Args:
         names (`Sequence[str]`):
-            Of `BENCHMARKS`, `"shapes"`, or others that have prompts and rewards.
+            Of `BENCHMARKS`, files as [`read_benchmarks`] takes them (`"benchmarks.yaml"` is all of its benchmarks,
+            `"benchmarks.yaml:name"` one), or others that have prompts and rewards.
         prompts (`Mapping[str, str]`, *optional*):
             Prompts to use instead, by benchmark.
         rewards (`Mapping[str | None, Sequence[str]]`, *optional*):
@@ -100,35 +129,44 @@ def choose_benchmarks(
         `ValueError`: a benchmark that is not known, or prompts or rewards of one that was not chosen.
     """
     prompts, rewards = prompts or {}, rewards or {}
-    known = dict(BENCHMARKS)
-    if SHAPES in names or any(name.startswith(f"{SHAPES}_") for name in names):
-        known |= shapes_benchmarks()
-    expanded = [
-        each for name in names for each in ([n for n in known if n.startswith(SHAPES)] if name == SHAPES else [name])
-    ]
     chosen = {}
-    for name in expanded:
+    for known in (benchmark for name in names for benchmark in _named(name)):
+        name = known.name
         if name in _RESERVED or not re.fullmatch(r"\w[\w.+-]*", name):
             raise ValueError(
                 f"A benchmark cannot be called {name!r}, as its pages and folders are. Name it in letters, digits and "
                 f"`._+-`, and not {', '.join(_RESERVED)}."
             )
-        own = known.get(name, Benchmark(name, name, "", ()))
-        source, scorers = prompts.get(name, own.source), tuple(rewards.get(name, rewards.get(None, own.rewards)))
-        if not source or not scorers:
+        source, specs = prompts.get(name, known.source), tuple(rewards.get(name, rewards.get(None, known.rewards)))
+        if not source or not specs:
             raise ValueError(
-                f"There is no benchmark {name!r}. The benchmarks are {', '.join([*BENCHMARKS, SHAPES])}; one of your own "
-                f"needs `--prompts {name}=...` and `--rewards {name}=...`."
+                f"There is no benchmark {name!r}. The benchmarks are {', '.join(BENCHMARKS)}; one of your own is a file "
+                f"(`--benchmarks path/to/benchmarks.yaml`), or needs `--prompts {name}=...` and `--rewards {name}=...`."
             )
         if source == GENERATED and name != "geneval":
             raise ValueError(f"Only the prompts of geneval can be {GENERATED!r}, not those of {name!r}. Name a file.")
-        chosen[name] = Benchmark(name, own.title, source, scorers)
+        benchmark = Benchmark(name, known.title, source, specs)
+        if chosen.setdefault(name, benchmark) != benchmark:
+            raise ValueError(f"`--benchmarks` has two benchmarks {name!r}. Rename one of them.")
     for option, mapping in (("prompts", prompts), ("rewards", rewards)):
         if idle := [name for name in mapping if name is not None and name not in chosen]:
             raise ValueError(
                 f"`--{option}` names {idle[0]!r}, which is not among the benchmarks: {', '.join(chosen)}."
             )
     return list(chosen.values())
+
+
+def _named(word: str) -> list[Benchmark]:
+    """The benchmarks that a word of `--benchmarks` stands for; one without prompts and rewards if it is not known."""
+    match = BENCHMARK_FILE.fullmatch(word)
+    if match is None:
+        return [BENCHMARKS.get(word, Benchmark(word, word, "", ()))]
+    found = read_benchmarks(match["file"])
+    if match["name"] is None:
+        return list(found.values())
+    if match["name"] not in found:
+        raise ValueError(f"{match['file']!r} has no benchmark {match['name']!r}, only {', '.join(found)}.")
+    return [found[match["name"]]]
 
 
 def load_rows(benchmark: Benchmark) -> tuple[list[dict[str, Any]], "Origin"]:
@@ -173,7 +211,7 @@ def positions(total: int, num_images: int) -> list[int]:
 
 
 def image_seed(seed: int, benchmark: str, position: int) -> int:
-    """Seed of the noise of a image: the same for all models, whatever the batch and the process."""
+    """Seed of the noise of an image: the same for all models, whatever the batch and the process."""
     from ...data.rounds import sample_seed
 
     return sample_seed(seed, f"benchmark/{benchmark}", 0, position)

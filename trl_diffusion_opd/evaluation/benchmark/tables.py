@@ -23,6 +23,10 @@ PAPER_COLUMNS = {
 }
 REWARD_TITLES = {reward: title for (_, reward), title in PAPER_COLUMNS.items()}
 NOTHING = "–"
+UNIFIED_REWARD_NOTE = (
+    "UnifiedReward: its model is told what to look at in this package's own words, and is not the paper's. Its scores "
+    "compare with each other, not with published ones."
+)
 
 
 @dataclass
@@ -59,8 +63,8 @@ def make_tables(summary: dict[str, Any]) -> list[Table]:
     others: dict[str, list[dict[str, Any]]] = {}
     for row in results:
         if row not in paper:
-            title = settings["benchmarks"][row["benchmark"]]["title"]
-            others.setdefault(title.partition(",")[0], []).append(row)
+            title, _ = _parts(settings, row["benchmark"])
+            others.setdefault(title, []).append(row)
     for title, rows in others.items():
         tables.append(_scores_table(title, settings, models, rows))
     if any(value is not None for value in summary["average"].values()):
@@ -79,11 +83,13 @@ def _paper_table(summary: dict[str, Any], models: list[str], results: list[dict[
         cells = [_number(summary["table"][model].get(column)) for column in columns]
         rows.append([model, *cells, *([_number(summary["average"][model])] if averaged else [])])
     notes = [_about_errors(results, lambda row: PAPER_COLUMNS[row["benchmark"], row["reward"]]), *_failures(results)]
+    notes += _about_unified_reward(results)
     if "GenEval" in columns:
         notes.append("GenEval: share of the images that are right. The benchmark's own mean over tags is below.")
     if averaged:
         notes.append(
-            "Average: mean of the columns, each relative to the smallest and the largest of the paper's rows."
+            "Average: mean of the columns, each relative to the smallest and the largest of the paper's rows. "
+            "UnifiedReward is one of them, so compare it with the paper's with care."
         )
     title = "Evaluation" if len(columns) < len(PAPER_COLUMNS) else "The paper's Table 1"
     return Table(title, ["model", *columns, *(["Average"] if averaged else [])], rows, notes)
@@ -107,14 +113,20 @@ def _scores_table(title: str, settings: dict[str, Any], models: list[str], resul
 
     def name(row: dict[str, Any]) -> str:
         own = REWARD_TITLES[row["reward"]] if row["built_in"] else row["reward"]
-        # One reward may judge several benchmarks of a table.
-        return own if rewards.count(row["reward"]) == 1 else f"{row['benchmark'].removeprefix('shapes_')}: {own}"
+        # One reward may score several benchmarks of a table.
+        return own if rewards.count(row["reward"]) == 1 else f"{_parts(settings, row['benchmark'])[1]}: {own}"
 
     titles = {(row["benchmark"], row["reward"]): name(row) for row in results}
     values = {(row["model"], row["benchmark"], row["reward"]): row["value"] for row in results}
     rows = [[model, *(_number(values.get((model, *column))) for column in columns)] for model in models]
-    notes = [_about_errors(results, name), *_failures(results)]
+    notes = [_about_errors(results, name), *_failures(results), *_about_unified_reward(results)]
     return Table(title, ["model", *(titles[column] for column in columns)], rows, notes)
+
+
+def _parts(settings: dict[str, Any], benchmark: str) -> tuple[str, str]:
+    """The table that a benchmark is in, and what it is called there: its title before and after the comma."""
+    title, _, own = settings["benchmarks"][benchmark]["title"].partition(",")
+    return title, own.strip() or benchmark
 
 
 def _reference_table() -> Table:
@@ -161,6 +173,11 @@ def _about_errors(results: list[dict[str, Any]], name: Any) -> str:
         errors = [row["standard_error"] for row in rows if row["standard_error"] is not None]
         parts.append(f"{column} {images}" + (f" ({max(errors):.2g})" if errors else ""))
     return f"Images of each model, and in brackets the largest standard error: {'; '.join(parts)}."
+
+
+def _about_unified_reward(results: list[dict[str, Any]]) -> list[str]:
+    scored = any(row["built_in"] and row["reward"] == "unifiedreward" and row["num_scored"] for row in results)
+    return [UNIFIED_REWARD_NOTE] if scored else []
 
 
 def _failures(results: list[dict[str, Any]]) -> list[str]:

@@ -65,7 +65,7 @@ def killed(image, file, **kwargs):
     global count
     count += 1
     if count == 7:
-        Path(file).write_bytes(b"half of a image")
+        Path(file).write_bytes(b"half of an image")
         os.kill(os.getpid(), signal.SIGKILL)
     save(image, file, **kwargs)
 

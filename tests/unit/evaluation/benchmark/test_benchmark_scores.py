@@ -2,17 +2,13 @@
 """`trl-diffusion-opd eval`: scores, failed ones too, and what the tables make of them."""
 
 import json
-from pathlib import Path
 
 import pytest
-import torch
 
-from tests.support.benchmark_world import PROMPTS, REWARDS, World
-from tests.support.space_app import BASE, TEACHERS
+from tests.support.benchmark_world import PROMPTS, REWARDS, World, synthetic_results
+from tests.support.space_app import BASE, SHAPES, TEACHERS
 from tests.support.tiny_geneval import save_tiny_models
-from trl_diffusion_opd.evaluation.benchmark import suites
 from trl_diffusion_opd.evaluation.benchmark.average import average, paper_table
-from trl_diffusion_opd.evaluation.benchmark.folder import ResultsFolder
 from trl_diffusion_opd.evaluation.benchmark.report import write_report
 
 
@@ -99,7 +95,7 @@ def test_shapes(world):
         "shapes",
         model=BASE,
         loras={"aesthetic": TEACHERS / "aesthetic"},
-        benchmarks=["shapes"],
+        benchmarks=[str(SHAPES / "benchmarks.yaml")],
         prompts=None,
         rewards=None,
         num_images=8,
@@ -169,7 +165,13 @@ def test_one_reward_of_several_benchmarks_has_a_column_for_each(world):
     world.evaluate("columns", **choice)
     table = (world.folder / "columns" / "table.md").read_text()
     assert "## one\n\n| model | brightness |" in table and "## two\n\n| model | brightness |" in table
-    choice |= {"benchmarks": ["shapes"], "prompts": None, "model": BASE, "num_images": 2, "max_sequence_length": 10}
+    choice |= {
+        "benchmarks": [str(SHAPES / "benchmarks.yaml")],
+        "prompts": None,
+        "model": BASE,
+        "num_images": 2,
+        "max_sequence_length": 10,
+    }
     world.evaluate("shape_columns", **choice)
     table = (world.folder / "shape_columns" / "table.md").read_text()
     assert "| model | geneval: brightness | ocr: brightness | aesthetic: brightness |" in table
@@ -177,33 +179,6 @@ def test_one_reward_of_several_benchmarks_has_a_column_for_each(world):
 
 
 # Table 1
-
-
-def synthetic_results(folder: Path, scores: dict[str, dict[str, float]]) -> ResultsFolder:
-    """A folder as an evaluation of the paper's benchmarks leaves it, with one image each."""
-    results = ResultsFolder(folder)
-    columns = dict(
-        zip(paper_table().columns, ("geneval", "ocr", *suites.BENCHMARKS["drawbench"].rewards), strict=True)
-    )
-    factors = {"PickScore": 26.0, "UnifiedReward": 5.0}
-    benchmarks = {}
-    for name in ("geneval", "ocr", "drawbench"):
-        rewards = {reward: reward for reward in suites.BENCHMARKS[name].rewards}
-        about = {"title": suites.BENCHMARKS[name].title, "num_images": 1, "num_prompts": 1, "rewards": rewards}
-        benchmarks[name] = {**about, "origin": {"name": "here", "repo_type": "dataset"}, "prompts": "0" * 64}
-        results.save_prompts(name, [{"prompt": "a\u2028b", "tag": "colors", "include": []}])
-    models = {name: {"guidance_scale": 4.5, "weights": [], "origins": []} for name in scores}
-    drawn = {"num_inference_steps": 40, "resolution": 512, "dtype": "bfloat16", "seed": 42}
-    base = {"origin": {"name": "them/base"}, "weights": "ab" * 20}
-    results.save_settings({"base": base, **drawn, "models": models, "benchmarks": benchmarks})
-    for model, row in scores.items():
-        for name in benchmarks:
-            results.save_image(torch.zeros(3, 4, 4), model, name, 0)
-        for column, value in row.items():
-            name = columns[column]
-            benchmark = name if name in benchmarks else "drawbench"
-            results.add_scores(model, benchmark, name, 0, {0: value / factors.get(column, 1.0)})
-    return results
 
 
 def test_average_of_the_paper_rows_by_its_rule():
