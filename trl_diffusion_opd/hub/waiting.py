@@ -74,19 +74,22 @@ def limit_waits() -> None:
         def limited():
             client = factory()
             hooks = client.event_hooks
-            client.event_hooks = {**hooks, "response": [*hooks["response"], _refuse_long_wait]}
+            client.event_hooks = {**hooks, "response": [*hooks["response"], _check_wait]}
             return client
 
         limited.limits_waits = True
         set_client_factory(limited)
 
 
-def _refuse_long_wait(response: "Response") -> None:
+def _check_wait(response: "Response") -> None:
     from huggingface_hub.utils import hf_raise_for_status
 
-    if response.status_code >= 400 and _asked_by(response) > LONGEST_WAIT:
+    asked = _asked_by(response) if response.status_code >= 400 else 0
+    if asked > LONGEST_WAIT:
         response.read()  # for the message in it
         hf_raise_for_status(response)
+    if asked and not logging.getLogger("huggingface_hub").isEnabledFor(logging.WARNING):  # which else says so itself
+        logger.warning(f"The Hub asks to wait {asked} s (HTTP {response.status_code}).")
 
 
 def seconds_asked(error: BaseException) -> int:
