@@ -14,8 +14,6 @@ from tests.support.tiny import WORDS
 class StripesTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """Takes a list of texts `[L, D]`; attends from image tokens to the words; predicts minus the velocity."""
 
-    _supports_gradient_checkpointing = True
-
     @register_to_config
     def __init__(self, in_channels: int = 4, width: int = 16):
         super().__init__()

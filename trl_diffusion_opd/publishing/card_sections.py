@@ -220,7 +220,7 @@ def limits(record: RunRecord) -> list[str]:
     ]
     found.append(
         f"It is made for prompts like those of its training, at {inference['width']} x {inference['height']} px with "
-        f"{inference['num_inference_steps']} steps and guidance {inference['guidance_scale']:g}. Other settings"
+        f"{inference['num_inference_steps']} steps and guidance {record.guidance_scale:g}. Other settings"
         f"{' and prompts that mix the tasks' if len(tasks) > 1 else ''} are untested."
     )
     if _other_sampler(record):

@@ -110,7 +110,7 @@ def push_folder(
     if evaluation is not None:
         from .benchmarks import benchmark_scores
 
-        guidance_scale = record.inference.get("guidance_scale")
+        guidance_scale = record.guidance_scale
         record.benchmarks, record.benchmark_settings = benchmark_scores(evaluation, lora, guidance_scale)
     if changes_nothing := has_no_effect(lora.state_dict):
         logger.warning(

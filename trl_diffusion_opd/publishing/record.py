@@ -172,8 +172,10 @@ class RunRecord:
         teachers (`list[TeacherRecord]`, *optional*), prompts (`list[PromptSet]`, *optional*), eval_prompts (`list[PromptSet]`, *optional*):
             What it was trained and evaluated on.
         inference (`dict`, *optional*):
-            Arguments for the pipeline's call: `height`, `width`, `num_inference_steps`, `guidance_scale`,
-            `max_sequence_length`.
+            Arguments for the stock pipeline's call: `height`, `width`, `num_inference_steps`, and those of the family,
+            such as `guidance_scale` and `max_sequence_length`.
+        guidance_scale (`float`, *optional*):
+            Classifier-free guidance, where 1 is none. By default that of `inference`.
         dtype (`str`, *optional*, defaults to `"bfloat16"`):
             Precision to load the pipeline in.
         pipeline_class (`str`, *optional*):
@@ -225,6 +227,7 @@ class RunRecord:
     prompts: list[PromptSet] = field(default_factory=list)
     eval_prompts: list[PromptSet] = field(default_factory=list)
     inference: dict[str, Any] = field(default_factory=dict)
+    guidance_scale: float | None = None
     dtype: str = "bfloat16"
     settings: dict[str, Any] = field(default_factory=dict)
     rounds: int = 0
@@ -246,6 +249,10 @@ class RunRecord:
     date: str | None = None
     pipeline_class: str | None = None
     has_no_effect: bool = False
+
+    def __post_init__(self):
+        if self.guidance_scale is None:
+            self.guidance_scale = self.inference.get("guidance_scale", 1.0)
 
     def save(self, folder: str | Path) -> Path:
         """Writes `run.json` into a folder."""

@@ -106,6 +106,7 @@ def record_run(run: RecordedRun) -> RunRecord:
             "num_inference_steps": len(run.eval_schedule),
             **run.family.call_arguments(run.student_policy.guidance_scale, args.max_sequence_length),
         },
+        guidance_scale=run.student_policy.guidance_scale,
         pipeline_class=run.family.pipeline_class.__name__,
         dtype="bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
         settings={**changed_settings(args), **lora_settings(run.transformer.peft_config[STUDENT])},

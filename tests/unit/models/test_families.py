@@ -33,7 +33,7 @@ from trl_diffusion_opd.trainers.plan import describe_plan
 
 PACKAGE = Path(__file__).parents[3] / "trl_diffusion_opd"
 PROMPTS = {
-    "count": ["a red circle", "two blue squares on a dark sky"],
+    "count": ["a red circle", "two blue square on a dark sky"],
     "scene": ["a boat", "a tree in the city at night"],
 }
 SETTINGS = {
@@ -48,6 +48,7 @@ SETTINGS = {
     "num_grid_prompts": 1,
     "save_curves": False,
     "disable_tqdm": True,
+    "activation_checkpointing": False,
     "use_cpu": True,
 }
 
