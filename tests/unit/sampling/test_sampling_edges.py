@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 
-from trl_diffusion_opd.sampling.denoising import denoise, make_schedule
+from trl_diffusion_opd.sampling.denoising import Trajectory, denoise, make_schedule
 from trl_diffusion_opd.sampling.schedulers import check_scheduler
 from trl_diffusion_opd.sampling.solvers import SOLVERS
 from trl_diffusion_opd.sampling.transitions import History, draw_noise, transition
@@ -63,6 +63,18 @@ def test_a_state_that_is_set_by_hand_does_not_change_the_precision(dtype):
         seen.append(step.sample.dtype)
         step.next_sample = step.next_sample.to(dtype)
     assert seen == [torch.float32] * 3
+
+
+def test_a_velocity_of_more_precision_does_not_change_that_of_the_states():
+    schedule = make_schedule(FlowMatchEulerDiscreteScheduler(shift=3.0), 3)
+    trajectory = Trajectory(torch.ones(1, 2, 2, 2), schedule)
+    trajectory.step(torch.ones(1, 2, 2, 2, dtype=torch.float64))
+    assert trajectory.sample.dtype == torch.float32
+
+
+def test_timesteps_are_where_the_state_is():
+    schedule = make_schedule(FlowMatchEulerDiscreteScheduler(shift=3.0), 3)
+    assert Trajectory(torch.ones(1, 2, 2, 2, device="meta"), schedule).timestep.device.type == "meta"
 
 
 def seeded(kind: str) -> torch.Generator | list[torch.Generator] | None:
