@@ -7,10 +7,10 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 
-from trl_diffusion_opd.sampling.denoising import denoise, make_schedule
+from trl_diffusion_opd.sampling.denoising import Trajectory, denoise, make_schedule
 from trl_diffusion_opd.sampling.schedulers import check_scheduler
 from trl_diffusion_opd.sampling.solvers import SOLVERS
-from trl_diffusion_opd.sampling.transitions import draw_noise, transition
+from trl_diffusion_opd.sampling.transitions import History, draw_noise, transition
 
 
 class Inherited(FlowMatchEulerDiscreteScheduler):
@@ -65,12 +65,54 @@ def test_a_state_that_is_set_by_hand_does_not_change_the_precision(dtype):
     assert seen == [torch.float32] * 3
 
 
-@pytest.mark.parametrize("seeded", [False, True])
-def test_noise_is_drawn_where_it_is_asked_for_whatever_the_default_device(seeded):
-    like = torch.ones(2, 3, device="cpu")
-    with torch.device("meta"):
-        noise = draw_noise(like, torch.Generator("cpu").manual_seed(0) if seeded else None)
-    assert noise.device.type == "cpu" and noise.std() > 0
+def test_a_velocity_of_more_precision_does_not_change_that_of_the_states():
+    schedule = make_schedule(FlowMatchEulerDiscreteScheduler(shift=3.0), 3)
+    trajectory = Trajectory(torch.ones(1, 2, 2, 2), schedule)
+    trajectory.step(torch.ones(1, 2, 2, 2, dtype=torch.float64))
+    assert trajectory.sample.dtype == torch.float32
+
+
+def test_timesteps_are_where_the_state_is():
+    schedule = make_schedule(FlowMatchEulerDiscreteScheduler(shift=3.0), 3)
+    assert Trajectory(torch.ones(1, 2, 2, 2, device="meta"), schedule).timestep.device.type == "meta"
+
+
+def seeded(kind: str) -> torch.Generator | list[torch.Generator] | None:
+    """A source of noise on the CPU: none, one for the batch, or one for each of two samples."""
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in (0, 1)]
+    return {"none": None, "one": generators[0], "each": generators}[kind]
+
+
+@pytest.mark.parametrize("kind", ["none", "one", "each"])
+class TestNoise:
+    def test_it_is_drawn_where_it_is_asked_for_whatever_the_default_device(self, kind):
+        like = torch.ones(2, 3, device="cpu")
+        with torch.device("meta"):
+            noise = draw_noise(like, seeded(kind))
+        assert noise.device.type == "cpu" and noise.std() > 0
+
+    def test_it_goes_to_the_device_of_the_state(self, kind):
+        """Drawn on the device of the generators, which a generator of another device would refuse."""
+        assert draw_noise(torch.ones(2, 3, device="meta"), seeded(kind)).device.type == "meta"
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+    def test_it_has_the_precision_of_the_state(self, kind, dtype):
+        assert draw_noise(torch.ones(2, 3, dtype=dtype), seeded(kind)).dtype == dtype
+
+
+def test_what_is_remembered_does_not_change_the_precision():
+    x = torch.ones(1, 4)
+    history = History(torch.ones(1, 4, dtype=torch.float64), 0.5)
+    step = transition("dpm2", x, 2 * x, 0.8, 0.7, noise_level=0.0, sigma_max=0.96, history=history)
+    first = transition("dpm2", x, 2 * x, 0.8, 0.7, noise_level=0.0, sigma_max=0.96)
+    assert step.mean.dtype == torch.float32 and not torch.equal(step.mean, first.mean)
+
+
+def test_a_sigma_may_be_above_1_by_rounding():
+    x = torch.ones(1, 4)
+    transition("dance", x, x, 1.0 + 1e-6, 0.9, noise_level=0.0, sigma_max=0.9)
+    with pytest.raises(ValueError, match="`sigma` must fall from at most 1 to at least 0"):
+        transition("dance", x, x, 1.0 + 2e-6, 0.9, noise_level=0.0, sigma_max=0.9)
 
 
 @pytest.mark.parametrize("solver", ["flow", "ddim"])
