@@ -134,7 +134,7 @@ class DiffusionTrainer(EvaluatingTrainer):
         if peft_config is None and start is not None:
             peft_config = start.config
         peft_config = student_config(peft_config, self.family)
-        self.check_start(args, self.datasets, peft_config)
+        self.check_start(args, self.datasets, peft_config, {"skip_last_steps": self.family.skip_last_steps})
         self.fetch_models()
         set_seed(args.seed)
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32

@@ -56,7 +56,7 @@ def make(method: str, folder: Path, **settings):
     ("method", "settings"),
     [
         ("opd", {"gradient_accumulation_steps": 2, "ema_decay": 0.9, "ema_update_every": 1}),
-        ("opd", {"max_steps": -1, "num_train_epochs": 1, "save_strategy": "epoch"}),
+        ("opd", {"max_steps": -1, "num_train_epochs": 1.5}),
         ("grpo", {}),
         ("nft", {"old_policy_schedule": 1}),
         ("grpo", {"steps_per_rollout": 2, "num_generations": 8}),  # whose last checkpoint lies within a rollout
@@ -91,7 +91,7 @@ def test_more_steps_on_purpose_are_trained(tmp_path):
 
 
 def test_fewer_steps_than_the_checkpoint_has_train_nothing(tmp_path):
-    first = make_trainer(tmp_path, **SAVING_RUN)
+    first = make_trainer(tmp_path, **{**SAVING_RUN, "max_steps": 5})
     first.train()
     counter = CountSteps()
     again = make_trainer(tmp_path, callbacks=[counter], **{**SAVING_RUN, "max_steps": 4})

@@ -67,6 +67,10 @@ def test_what_defines_the_course_of_a_run_must_be_asked_for(folder, change, mess
         assert trainer.state.global_step == 3
 
 
+def test_a_setting_that_stands_for_the_same_is_no_change(folder):
+    assert resume(folder, skip_last_steps=1).state.global_step == 3
+
+
 def test_it_is_refused_in_train_too(folder):
     with pytest.raises(ValueError, match=r"was saved with seed 42 \(now 7\), solver 'flow' \(now 'ddim'\)\."):
         resume(folder, seed=7, solver="ddim")
