@@ -41,7 +41,7 @@ SETTINGS = {
     "num_inference_steps": 4,
     "guidance_scale": 3.0,
     "max_sequence_length": 16,
-    "learning_rate": 0.05,
+    "learning_rate": 0.2,
     "max_steps": 6,
     "logging_steps": 1,
     "save_strategy": "no",
@@ -77,7 +77,7 @@ def make_trainer(folder: Path, **settings) -> DiffusionOPDTrainer:
         train_dataset=PROMPTS,
         eval_dataset=PROMPTS,
         reward_funcs={"count": brightness},
-        peft_config={"r": 4},
+        peft_config={"r": 4, "lora_alpha": 4},  # the loader of a transformer alone reads no alpha
     )
 
 
