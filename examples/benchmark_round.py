@@ -19,7 +19,6 @@ from peft import LoraConfig
 from trl_diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer
 from trl_diffusion_opd.losses.opd import step_divergence
 from trl_diffusion_opd.models.loading import STUDENT
-from trl_diffusion_opd.sampling.denoising import denoise
 
 
 SHAPES = Path(__file__).parent / "shapes"
@@ -29,29 +28,26 @@ TASKS = ("geneval", "ocr", "aesthetic")
 class ThreePassTrainer(DiffusionOPDTrainer):
     """The reference: every step of the trajectory is visited once to roll out and once by each model to replay it."""
 
-    def distill(self, model, batch, num_steps, share, last):
+    def distill(self, model, batch, num_steps, loss_weight, is_last_batch):
         teacher, student = self.teachers[batch.task], self.student_policy
         conditioning = self.prompts.conditioning(batch.prompts)
-        texts = {policy.name: conditioning.batch(policy.guidance_scale) for policy in (student, teacher)}
-        noise, generators = self.noise_sources(batch.seeds)
-        steps = list(
-            denoise(
-                lambda x, j: self.policy_velocity(student, x, self.schedule.timesteps[j], texts["student"]),
-                noise,
-                self.schedule,
-                solver=self.args.solver,
-                noise_level=self.args.noise_level,
-                generator=generators,
-                num_steps=num_steps,
-            )
+        rollout = self.sampler.rollout(
+            student,
+            conditioning,
+            batch.seeds,
+            self.schedule,
+            solver=self.args.solver,
+            noise_level=self.args.noise_level,
+            num_steps=num_steps,
         )
-        timesteps = self.schedule.timesteps
-        targets = [self.policy_velocity(teacher, s.sample, timesteps[s.index], texts[teacher.name]) for s in steps]
+        steps, timesteps = list(rollout), self.schedule.timesteps
+        targets = [self.sampler.velocity(teacher, s.sample, timesteps[s.index], conditioning) for s in steps]
         divergences = []
         for step, target in zip(steps, targets, strict=True):
-            velocity = model(step.sample, timesteps[step.index], *texts["student"], student.guidance_scale)
+            scale = student.guidance_scale
+            velocity = model(step.sample, timesteps[step.index], *conditioning.batch(scale), scale)
             divergence = step_divergence(velocity, target, step.transition).mean()
-            self.accelerator.backward(share * divergence)
+            self.accelerator.backward(loss_weight * divergence)
             divergences.append(divergence.detach())
         return torch.stack(divergences)
 

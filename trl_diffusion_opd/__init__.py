@@ -2,6 +2,7 @@
 """On-policy distillation of several diffusion teachers into one LoRA, and the reinforcement learning of teachers."""
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING
 
 
@@ -34,9 +35,37 @@ if TYPE_CHECKING:
     from .trainers.opd_trainer import DiffusionOPDTrainer as DiffusionOPDTrainer
 
 
+# What was found as `trl_diffusion_opd.<name>` in 0.1 -> where it is. To be removed in 0.3.
+_MOVED = {
+    "RewardConfig": "trainers.rl_config:RLConfig",
+    "RewardTrainer": "trainers.rl_trainer:RLTrainer",
+    "advantages": "losses.advantages",
+    "config": "trainers.opd_config",
+    "denoising": "sampling.denoising",
+    "forward_process": "losses.nft",
+    "grpo_trainer": "trainers.grpo_trainer",
+    "nft_trainer": "trainers.nft_trainer",
+    "objectives": "losses.opd",
+    "opd_trainer": "trainers.opd_trainer",
+    "pipeline": "models.sd3_sde_pipeline",
+    "policy_gradient": "losses.grpo",
+    "rl_config": "trainers.rl_config",
+    "space": "publishing.space",
+    "teacher_config": "teachers.config",
+    "transitions": "sampling.transitions",
+}
+
+
 def __getattr__(name: str):
     if name in _MODULES:
         return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    if name in _MOVED:
+        module, _, renamed = _MOVED[name].partition(":")
+        path = f"{__name__}.{module}" + (f".{renamed}" if renamed else "")
+        message = f"`{__name__}.{name}` is `{path}` now, and will not be found under its old name from 0.3 on."
+        warnings.warn(message, FutureWarning, stacklevel=2)
+        found = importlib.import_module(f".{module}", __name__)
+        return getattr(found, renamed) if renamed else found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

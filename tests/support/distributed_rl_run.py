@@ -15,7 +15,6 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.support.rl_runs import brightness, make_trainer, redness  # noqa: E402
 from tests.support.runs import PROMPTS  # noqa: E402
-from trl_diffusion_opd.models.loading import default_lora
 
 
 def judged(images, prompts, **columns):
@@ -44,7 +43,7 @@ def run(method: str, folder: Path, batch_size: int) -> dict:
         save_strategy="steps",
         save_steps=4,
         # All targets: in the last block the text stream's query gets a gradient of zero, which DDP must not wait for.
-        peft_config=default_lora(r=4),
+        peft_config={"r": 4},
         **({"eval_dataset": PROMPTS} if method == "nft" else {"beta": 0.1}),
     )
     learn, idle = trainer.learn, []

@@ -11,7 +11,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.support.runs import PROMPTS, make_trainer  # noqa: E402
-from trl_diffusion_opd.models.loading import default_lora
 
 
 def brightness(images, prompts, **columns):
@@ -32,7 +31,7 @@ if __name__ == "__main__":
         save_steps=3,
         num_grid_prompts=1,
         # All targets: in the last block the text stream's query gets a gradient of zero, which DDP must not wait for.
-        peft_config=default_lora(r=4),
+        peft_config={"r": 4},
     )
     reductions = []
     all_reduce = torch.distributed.all_reduce if torch.distributed.is_initialized() else None

@@ -26,6 +26,9 @@ class RoundMetrics:
         """The values of this name since the last [`pop_means`], to append to."""
         return self._values[name]
 
+    def __contains__(self, name: str) -> bool:
+        return bool(self._values.get(name))
+
     def pop_means(self) -> dict[str, float]:
         """The mean of each metric; starts over."""
         means = {name: sum(values) / len(values) for name, values in self._values.items() if values}

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from trl_diffusion_opd.models.loading import ATTENTION_TARGETS, default_lora
+from trl_diffusion_opd.models.loading import default_lora
+from trl_diffusion_opd.models.sd3 import StableDiffusion3
 from trl_diffusion_opd.trainers.grpo_config import FlowGRPOConfig
 from trl_diffusion_opd.trainers.grpo_trainer import FlowGRPOTrainer
 from trl_diffusion_opd.trainers.nft_config import DiffusionNFTConfig
@@ -64,7 +65,7 @@ def test_learns_to_write(trainer_class, config, rise, tmp_path, monkeypatch):
             r=16,
             lora_alpha=32,
             target_modules=[
-                *ATTENTION_TARGETS,
+                *StableDiffusion3.lora_targets,
                 *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
             ],
         ),
