@@ -48,9 +48,9 @@ def run(method: str, folder: Path, batch_size: int) -> dict:
     )
     learn, idle = trainer.learn, []
 
-    def watch(model, experience, share, last):
+    def watch(model, experience, loss_weight, is_last_batch):
         idle.append(not experience.taken.any().item())
-        return learn(model, experience, share, last)
+        return learn(model, experience, loss_weight, is_last_batch)
 
     trainer.learn = watch
     trainer.train()

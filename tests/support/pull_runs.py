@@ -95,7 +95,8 @@ def _teacher(location: str) -> str:
 
 
 def _base(location: str) -> str:
-    return f"OK {type(load_pipeline(location, torch.float32, origin=check_pipeline(location))).__name__}"
+    origin, family = check_pipeline(location)
+    return f"OK {type(load_pipeline(location, torch.float32, origin=origin, family=family)).__name__}"
 
 
 def _prompts(location: str | dict) -> str:

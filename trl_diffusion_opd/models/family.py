@@ -89,6 +89,10 @@ class ModelFamily(ABC):
             `ValueError`: a size in pixels that the model cannot draw.
         """
 
+    def default_size(self, pipe: DiffusionPipeline) -> tuple[int, int]:
+        """Height and width in pixels of the images that the model draws if it is not told."""
+        return self.image_size(pipe, self.latent_shape(pipe))
+
     def pixels_per_latent(self, pipe: DiffusionPipeline) -> int:
         """Pixels along an edge of a latent."""
         return pipe.vae_scale_factor

@@ -58,12 +58,16 @@ class StableDiffusion3(ModelFamily):
     def text_tokens(self, pipe: StableDiffusion3Pipeline, max_sequence_length: int) -> int:
         return pipe.tokenizer_max_length + max_sequence_length
 
+    def default_size(self, pipe: StableDiffusion3Pipeline) -> tuple[int, int]:
+        edge = pipe.default_sample_size * pipe.vae_scale_factor
+        return edge, edge
+
     def latent_shape(
         self, pipe: StableDiffusion3Pipeline, height: int | None = None, width: int | None = None
     ) -> tuple[int, int, int]:
-        default = pipe.default_sample_size * pipe.vae_scale_factor
+        default = self.default_size(pipe)
         multiple = pipe.vae_scale_factor * pipe.patch_size
-        size = {"height": height or default, "width": width or default}
+        size = {"height": height or default[0], "width": width or default[1]}
         for name, pixels in size.items():
             if pixels % multiple:
                 raise ValueError(

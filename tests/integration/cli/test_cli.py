@@ -209,6 +209,7 @@ def test_rewards_are_listed(capsys):
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["ocr", "pickscore"]
 
 
+@pytest.mark.slow
 def test_train_starts_processes_with_accelerate(tmp_path):
     accelerate_config = ROOT / "examples" / "accelerate_configs" / "cpu_2.yaml"
     command = [sys.executable, "-m", "trl_diffusion_opd", "train", "--config", SHAPES, "--dry_run"]

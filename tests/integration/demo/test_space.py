@@ -356,6 +356,7 @@ def deploy(hub, home: Path, token: str | None, *calls) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_spaces_on_the_hub(hub, tmp_path, pipe):
     hub.add_user("me", token="hf_write", role="write")
     hub.add_user("me", token="hf_read", role="read")

@@ -31,6 +31,7 @@ def launch(script: Path, folder: Path, num_processes: int, *arguments: int | flo
     return json.loads((folder / "result.json").read_text())
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
     one = launch(SCRIPT, tmp_path / "one", 1, 4, 0.7)  # batch size, noise level
     two = launch(SCRIPT, tmp_path / "two", 2, 2, 0.7)

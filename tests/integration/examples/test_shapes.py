@@ -198,6 +198,7 @@ def test_shipped_weights_are_small_and_finite():
     assert not [path for path in SHAPES.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
 
 
+@pytest.mark.slow
 def test_teachers_lead_on_their_own_tasks_and_their_merge_does_not(tmp_path):
     """A small sample of what `results.json` of the default run tells."""
     files = {split: {t: SHAPES / "prompts" / f"{t}_{split}.txt" for t in TASKS} for split in ("train", "test")}

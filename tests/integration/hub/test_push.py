@@ -68,6 +68,7 @@ report(results)
 """
 
 
+@pytest.mark.slow
 def test_every_strategy_pushes_a_lora_that_loads_in_each_commit(hub, env, tmp_path):
     done = run(STRATEGIES, env, tmp_path, TOKEN, timeout=300)
     results = reported(done)
@@ -135,6 +136,7 @@ report([push(*spec.split(" ")) for spec in sys.argv[1:]])
 """
 
 
+@pytest.mark.slow
 def test_pushes_that_fail(hub, env, tmp_path):
     """Most of it in one process, because importing the libraries is what takes time."""
     hub.fail("POST", r"me/conflict/commit/", status=409, times=1)
@@ -192,6 +194,7 @@ def test_pushes_that_fail(hub, env, tmp_path):
     assert "team/renamed" in card and "team/student" not in card
 
 
+@pytest.mark.slow
 def test_a_connection_dropped_in_the_middle_of_an_upload(hub, env, tmp_path):
     # Of each of two files the client drops six attempts, then raises something that is no error of HTTP.
     hub.fail("PUT", kind="drop", times=3 * 12 + 12)

@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import PIL.Image
+import pytest
 import yaml
 from huggingface_hub import ModelCard
 
@@ -96,6 +97,7 @@ def script(arguments, env):
     )
 
 
+@pytest.mark.slow
 def test_from_hub_teachers_to_a_hub_student_and_its_space(hub, tmp_path):
     hub.add_user("me", token=TOKEN)
     env = hub.environment(tmp_path / "home", token=TOKEN)

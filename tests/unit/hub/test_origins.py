@@ -44,8 +44,8 @@ def test_a_base_in_the_cache_is_loaded_from_there_and_named(tmp_path, monkeypatc
     folder = tmp_path / "models--them--base" / "snapshots" / COMMIT
     tiny_pipeline().save_pretrained(folder)
     (folder / "README.md").write_text("---\nlicense: mit\n---\n")
-    origin = check_pipeline(str(folder))
+    origin, family = check_pipeline(str(folder))
     assert origin == Origin("them/base", "them/base", COMMIT)
-    pipeline = load_pipeline(str(folder), torch.float32, origin=origin)
+    pipeline = load_pipeline(str(folder), torch.float32, origin=origin, family=family)
     assert Origin.of_model(pipeline) == origin
     assert read_license(origin, folder) == License("mit")

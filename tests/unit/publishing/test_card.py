@@ -29,6 +29,7 @@ from tests.support.tiny import tiny_pipeline
 from trl_diffusion_opd.data.rounds import TaskBatch
 from trl_diffusion_opd.hub.licenses import LICENSE_IDS, License, as_license, read_license
 from trl_diffusion_opd.hub.locations import Origin
+from trl_diffusion_opd.models.sd3 import StableDiffusion3
 from trl_diffusion_opd.publishing.card import render_card
 from trl_diffusion_opd.publishing.card_sections import duration
 from trl_diffusion_opd.publishing.record import GalleryImage, PromptSet, RunRecord
@@ -71,8 +72,9 @@ def test_front_matter_names_nothing_that_is_not_on_the_hub():
 
 @pytest.mark.parametrize("base, expected", [("stabilityai/stable-diffusion-3.5-large", True), ("me/sd3.5", False)])
 def test_only_stable_diffusion_35_is_tagged_as_such(base, expected):
-    tags = render_card(example_record(base=Origin(base, base))).data.tags
+    tags = StableDiffusion3().card_tags(base)
     assert ("sd3.5" in tags, "sd3.5-diffusers" in tags) == (expected, expected)
+    assert set(tags) <= set(render_card(example_record(tags=[*tags, "trl"])).data.tags)
 
 
 def test_evaluation_results_survive_the_round_trip(tmp_path):

@@ -62,6 +62,7 @@ trainer.save_model()
 """
 
 
+@pytest.mark.slow
 def test_resuming_after_sigkill_is_bit_identical(tmp_path):
     def start(folder: Path, mode: str) -> subprocess.Popen:
         folder.mkdir(exist_ok=True)

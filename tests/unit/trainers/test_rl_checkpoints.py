@@ -158,7 +158,7 @@ class TestAdapter:
             make_trainer("grpo", tmp_path, adapter=tmp_path / "lora")
         with pytest.raises(ValueError, match="adapter .*lora': .* another LoRA config"):
             make_trainer("grpo", tmp_path, adapter=tmp_path / "lora", peft_config=small_lora(r=3, lora_alpha=6))
-        with pytest.raises(SourceError, match="adapter: the local path '.*nowhere' does not exist"):
+        with pytest.raises(SourceError, match="adapter '.*nowhere': the local path '.*nowhere' does not exist"):
             make_trainer("grpo", tmp_path, adapter=tmp_path / "nowhere")
 
 

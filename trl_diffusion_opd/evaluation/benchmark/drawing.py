@@ -94,7 +94,7 @@ class EntrySampler:
     ):
         self.dtype = dtype
         pipe = load_pipeline(model, dtype, origin=origin, family=family)
-        self.resolution = resolution or min(LARGEST_DEFAULT, *family.image_size(pipe, family.latent_shape(pipe)))
+        self.resolution = resolution or min(LARGEST_DEFAULT, *family.default_size(pipe))
         shape = family.latent_shape(pipe, self.resolution, self.resolution)
         self.adapters = {name: f"lora_{index}" for index, name in enumerate(loras)}
         for name, lora in loras.items():

@@ -164,6 +164,7 @@ def test_fewer_images_are_spread_and_more_have_other_noise(world, whole):
     assert world.calls == [7]
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(world, whole):
     out = world.folder / "two"
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--main_process_port", "0"]
