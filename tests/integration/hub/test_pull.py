@@ -306,7 +306,7 @@ def test_what_may_pass_is_tried_again(hub, tmp_path, base, teachers):
     sha256 = hashlib.sha256(teachers["count/pytorch_lora_weights.safetensors"]).hexdigest()
     outcomes = {
         "teacher": f"OK {sha256}",
-        "base": "OK StableDiffusion3SDEPipeline",
+        "base": "OK StableDiffusion3Pipeline",
         "prompts": f"OK {json.dumps(ROWS[:10])}",
         "stream": f"OK {json.dumps(ROWS[:10])}",
     }
