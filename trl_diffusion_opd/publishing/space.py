@@ -195,6 +195,7 @@ def _render(content: SpaceContent, include_weights: bool) -> dict[str, bytes]:
         "teachers": dict(zip(content.teachers, teachers, strict=True)),
         "prompts": content.prompts,
         "defaults": content.defaults,
+        "guidance": content.guidance,
         "limits": limits,
         "dtype": content.dtype,
     }

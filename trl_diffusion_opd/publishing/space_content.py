@@ -10,7 +10,7 @@ from typing import Any
 from ..hub.download import fetch
 from ..hub.errors import SourceError, hub_errors, retried
 from ..hub.locations import DIFFUSERS_WEIGHT_NAME, PEFT_CONFIG_NAME, PEFT_WEIGHT_NAME, Origin, Source, parse_source
-from ..models.registry import DEFAULT_PIPELINE, FAMILIES
+from ..models.registry import DEFAULT_PIPELINE, FAMILIES, family_named
 from .record import RECORD_FILE, RunRecord
 
 
@@ -35,7 +35,9 @@ class SpaceContent:
         prompts (`dict[str, list[str]]`):
             Example prompts of each task.
         defaults (`dict`):
-            Arguments for the pipeline's call.
+            `num_inference_steps`, `guidance_scale` (where 1 is none), and other arguments for the pipeline's call.
+        guidance (`dict`):
+            What the pipeline calls guidance: its `argument`, which is `guidance_scale` plus an `offset`.
         dtype (`str`):
             Precision on a GPU.
     """
@@ -47,6 +49,7 @@ class SpaceContent:
     teachers: dict[str, Source]
     prompts: dict[str, list[str]]
     defaults: dict[str, Any]
+    guidance: dict[str, Any]
     dtype: str
 
     @property
@@ -85,7 +88,11 @@ def gather(
     for task, teacher in sources.items():
         if teacher.path is not None:
             lora_files(teacher.path, f"teacher {task!r}")
-    base_source = _find_base(base, student, record, card, token)
+    base_source, pipeline_class = _find_base(base, student, record, card, token)
+    guidance = _guidance(pipeline_class)
+    inference.pop(guidance["argument"], None)
+    if record is not None:
+        inference["guidance_scale"] = record.guidance_scale
     name = source.repo_id or source.path.resolve().name
     return SpaceContent(
         title=title or (record.name if record else name.split("/")[-1]),
@@ -95,6 +102,7 @@ def gather(
         teachers=sources,
         prompts=_examples(record, card) if prompts is None else prompts,
         defaults=DEFAULTS | inference,
+        guidance=guidance,
         dtype=record.dtype if record else "bfloat16",
     )
 
@@ -173,14 +181,16 @@ def _find_base(
     record: RunRecord | None,
     card: dict[str, Any],
     token: str | None,
-) -> Source:
+) -> tuple[Source, str]:
+    """Where the base is, and the class of its pipeline."""
     if base is None and record is not None:
         if (source := _source_of(record.base)) is None:
             raise ValueError(
                 f"The base of {str(student)!r} was the local folder {record.base.name!r}. Pass where it is as `base`."
             )
-        _check_pipeline(record.pipeline_class or DEFAULT_PIPELINE, record.base.name)
-        return source
+        pipeline_class = record.pipeline_class or DEFAULT_PIPELINE
+        _check_pipeline(pipeline_class, record.base.name)
+        return source, pipeline_class
     base = base or card.get("base_model")
     if not isinstance(base, str | Path):
         raise ValueError(
@@ -196,8 +206,16 @@ def _find_base(
     else:
         found = fetch(source, "model_index.json", "base", token=token)
         index, commit = found.path, found.commit
-    _check_pipeline(json.loads(index.read_text(encoding="utf-8")).get("_class_name"), base)
-    return source if commit is None else replace(source, revision=commit)
+    pipeline_class = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+    _check_pipeline(pipeline_class, base)
+    return (source if commit is None else replace(source, revision=commit)), pipeline_class
+
+
+def _guidance(pipeline_class: str) -> dict[str, Any]:
+    """What a pipeline calls guidance, and what it adds to our scale, in which 1 is none."""
+    none, some = (family_named(pipeline_class).call_arguments(scale, 1) for scale in (1.0, 2.0))
+    [argument] = [name for name in none if none[name] != some[name]]
+    return {"argument": argument, "offset": none[argument] - 1.0}
 
 
 def _check_pipeline(name: str | None, base: str | Path) -> None:

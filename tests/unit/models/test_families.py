@@ -28,6 +28,7 @@ from trl_diffusion_opd.models.registry import DEFAULT_PIPELINE, FAMILIES, family
 from trl_diffusion_opd.models.sampler import Policy
 from trl_diffusion_opd.models.sd3 import StableDiffusion3
 from trl_diffusion_opd.publishing.card import render_card
+from trl_diffusion_opd.publishing.space_content import gather
 from trl_diffusion_opd.trainers.plan import describe_plan
 
 
@@ -224,3 +225,13 @@ def test_only_its_own_files_name_stable_diffusion_3():
             found.append((path, hits))
     assert not found
     assert all(isinstance(family, (str, ModelFamily)) for family in FAMILIES.values())
+
+
+def test_the_demo_is_told_what_the_pipeline_calls_guidance(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    stripes_pipeline().save_pretrained(tmp_path / "base")
+    content = gather(tmp_path / "out", base=tmp_path / "base")
+    assert content.guidance == {"argument": "strength", "offset": -1.0}
+    assert content.defaults == {"num_inference_steps": 4, "guidance_scale": 3.0, "height": 16, "width": 16}

@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 
 HERE = Path(__file__).resolve().parent
 DEMO = json.loads((HERE / "demo.json").read_text(encoding="utf-8"))
-DEFAULTS, LIMITS = DEMO["defaults"], DEMO["limits"]
+DEFAULTS, LIMITS, GUIDANCE = DEMO["defaults"], DEMO["limits"], DEMO["guidance"]
 TEACHERS = {name: f"teacher_{index}" for index, name in enumerate(DEMO["teachers"])}
 MAX_SEED = 2**31 - 1
 MAX_CACHED = 64
@@ -116,8 +116,9 @@ def seconds(jobs: list[Job], prompt: str, seed: int, steps: int, guidance: float
 def draw(
     jobs: list[Job], prompt: str, seed: int, steps: int, guidance: float, progress: gr.Progress
 ) -> list[Image.Image]:
-    """Draws a image for each job, all from the same noise. Sets all that it depends on itself."""
-    size = {name: DEFAULTS[name] for name in ("height", "width", "max_sequence_length") if name in DEFAULTS}
+    """Draws an image for each job, all from the same noise. Sets all that it depends on itself."""
+    arguments = {name: DEFAULTS[name] for name in DEFAULTS.keys() - {"num_inference_steps", "guidance_scale"}}
+    arguments[GUIDANCE["argument"]] = guidance + GUIDANCE["offset"]  # what the pipeline calls it
     drawn = []
     for index, (adapter, strength) in enumerate(jobs):
 
@@ -133,11 +134,10 @@ def draw(
             output = PIPE(
                 prompt=prompt,
                 num_inference_steps=steps,
-                guidance_scale=guidance,
                 generator=torch.Generator("cpu").manual_seed(seed),
                 callback_on_step_end=report,
                 callback_on_step_end_tensor_inputs=[],
-                **size,
+                **arguments,
             )
         finally:
             PIPE.enable_lora()
@@ -199,10 +199,12 @@ def check_prompt(prompt) -> str:
 
 def warn_about(prompt: str) -> None:
     """Says what of a prompt the model cannot read."""
-    unknown = [word for word in prompt.split() if PIPE.tokenizer.unk_token in PIPE.tokenizer.tokenize(word)]
+    tokenizers = [part for name, part in PIPE.components.items() if name.startswith("tokenizer") and part is not None]
+    first, last = tokenizers[0], tokenizers[-1]
+    unknown = [word for word in prompt.split() if first.unk_token and first.unk_token in first.tokenize(word)]
     if unknown:
         gr.Warning(f"This model has never seen: {html.escape(', '.join(unknown))}. Try the words of the examples.")
-    if PIPE.tokenizer_3 and len(PIPE.tokenizer_3(prompt)["input_ids"]) > DEFAULTS.get("max_sequence_length", 256):
+    if len(last(prompt)["input_ids"]) > DEFAULTS.get("max_sequence_length", 256):
         gr.Warning("The prompt is longer than this model reads: its end does not count.")
 
 
@@ -340,7 +342,7 @@ except ModelProblem as problem:
 
 page = build()
 
-small = PIPE is not None and PIPE.default_sample_size * PIPE.vae_scale_factor < SMALL
+small = DEFAULTS.get("height", SMALL) < SMALL
 LAUNCH = {
     "theme": gr.themes.Default(
         primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
