@@ -2,8 +2,10 @@
 """On-policy distillation of several diffusion teachers into one LoRA, and the reinforcement learning of teachers."""
 
 import importlib
-import warnings
+import sys
 from typing import TYPE_CHECKING
+
+from .utils.moved import MovedModules, find_moved
 
 
 __version__ = "0.1.0"
@@ -56,16 +58,14 @@ _MOVED = {
 }
 
 
+sys.meta_path.append(MovedModules(__name__, _MOVED))
+
+
 def __getattr__(name: str):
     if name in _MODULES:
         return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
     if name in _MOVED:
-        module, _, renamed = _MOVED[name].partition(":")
-        path = f"{__name__}.{module}" + (f".{renamed}" if renamed else "")
-        message = f"`{__name__}.{name}` is `{path}` now, and will not be found under its old name from 0.3 on."
-        warnings.warn(message, FutureWarning, stacklevel=2)
-        found = importlib.import_module(f".{module}", __name__)
-        return getattr(found, renamed) if renamed else found
+        return find_moved(__name__, name, _MOVED)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
+from typing import Any, ClassVar, get_type_hints
 
 from trl import TrlParser
 
@@ -14,10 +14,6 @@ from ..rewards.lookup import find_reward, locate
 from ..utils.settings import AT_LEAST_1, check_kinds, check_rules
 from .parser import Parser
 from .recipe_file import check_recipe, unique_pairs
-
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass
@@ -247,7 +243,12 @@ def parse_recipe(
         argv, return_remaining_strings=True, separate_remaining_strings=True
     )
     if keys:
-        raise ValueError(f"{recipe}: unknown settings {' '.join(keys)}. `{parser.prog} --help` lists all.")
+        raise ValueError(f"{recipe}: unknown settings {_names(keys)}. `{parser.prog} --help` lists all.")
     if options:
-        raise ValueError(f"Unknown options {' '.join(options)}. `{parser.prog} --help` lists all.")
+        raise ValueError(f"Unknown options {_names(options)}. `{parser.prog} --help` lists all.")
     return *parsed[: len(kinds)], recipe
+
+
+def _names(words: list[str]) -> str:
+    """The names of options without their values, which may be secrets; all words if none is a name."""
+    return " ".join(word.partition("=")[0] for word in words if word.startswith("-")) or " ".join(words)

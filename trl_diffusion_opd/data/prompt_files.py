@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import hf_raise_for_status, httpx
 
 from ..hub.errors import SourceError, retried
-from ..hub.locations import Origin
+from ..hub.locations import Origin, shown
 
 
 _READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -24,14 +24,6 @@ _TIMEOUT = 30  # seconds without a byte
 def is_address(path: str | Path) -> bool:
     """Whether a path is the address of a file on the web."""
     return str(path).lower().startswith(("https://", "http://"))
-
-
-def shown(path: str | Path) -> str:
-    """A path as it may be printed: an address without its user, password and query, which may be secret."""
-    if "://" not in str(path):
-        return str(path)
-    parts = urlsplit(str(path))
-    return f"{parts.scheme}://{parts.hostname}{parts.path}"
 
 
 def reader_of(path: str | Path) -> str | None:

@@ -17,8 +17,8 @@ from huggingface_hub import constants
 
 from ..hub.download import fetch, find_commit
 from ..hub.errors import SourceError, hub_errors, retried
-from ..hub.locations import Origin, Source, parse_source
-from .prompt_files import is_address, load_file, reader_of, shown
+from ..hub.locations import Origin, Source, parse_source, shown
+from .prompt_files import is_address, load_file, reader_of
 from .rounds import StreamedPrompts, check_prompt, no_rows
 from .tasks import check_task_name
 

@@ -107,9 +107,8 @@ class Evaluator:
 
     def sample_latents(self, policy: Policy, batch: TaskBatch, conditioning: Conditioning) -> torch.Tensor:
         """The latents `[B, C, H, W]` at the end of a rollout."""
-        for step in self.rollout(policy, conditioning, batch.seeds):
-            latents = step.next_sample
-        return latents
+        kwargs = {"solver": self.solver, "noise_level": self.noise_level}
+        return self.sampler.sample_latents(policy, conditioning, batch.seeds, self.schedule, **kwargs)
 
     def batch(self, data: Prompts, task: str, positions: list[int], purpose: str = "eval") -> TaskBatch:
         """See [`evaluation_batch`]."""

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit
 
 
 PEFT_CONFIG_NAME = "adapter_config.json"
@@ -137,6 +138,14 @@ def _page(repo_id: str, repo_type: str) -> str:
     return f"https://huggingface.co/{'' if repo_type == 'model' else f'{repo_type}s/'}{repo_id}"
 
 
+def shown(path: str | Path) -> str:
+    """A path as it may be printed: an address without its user, password and query, which may be secret."""
+    if "://" not in str(path):
+        return str(path)
+    parts = urlsplit(str(path))
+    return f"{parts.scheme}://{parts.hostname}{parts.path}"
+
+
 def parse_source(text: str | Path, *, kind: str = "LoRA", repo_type: str = "model") -> Source:
     """
     Parses `"owner/repo"`, `"owner/repo/sub/folder"` or `"owner/repo/sub/folder@revision"`, or a local path.
@@ -162,7 +171,7 @@ def parse_source(text: str | Path, *, kind: str = "LoRA", repo_type: str = "mode
         return Source(path=path, repo_type=repo_type)
     if "://" in text:
         raise ValueError(
-            f"A {kind} location is `owner/repo/subfolder@revision` or a local path, not a URL, but is {text!r}."
+            f"A {kind} location is `owner/repo/subfolder@revision` or a local path, not a URL, but is {shown(text)!r}."
         )
     location, at, revision = text.partition("@")
     parts = location.split("/")

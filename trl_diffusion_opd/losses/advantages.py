@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From rewards to advantages: how much better than the other images of its prompt a image is."""
+"""From rewards to advantages: how much better than the other images of its prompt an image is."""
 
 import hashlib
 

@@ -14,7 +14,7 @@ OLD_POLICY_SCHEDULES = (0, 1, 2)
 
 
 def optimality_probability(advantage: torch.Tensor, clip: float = 5.0) -> torch.Tensor:
-    """`clip(A, -c, c) / (2 c) + 1/2`, how probably a image is a good one; of the shape of `advantage`, in [0, 1]."""
+    """`clip(A, -c, c) / (2 c) + 1/2`, how probably an image is a good one; of the shape of `advantage`, in [0, 1]."""
     return advantage.clamp(-clip, clip) / clip / 2 + 0.5
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loading what a run starts from: the base pipeline and the student's LoRA on it."""
 
+import inspect
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -119,11 +120,20 @@ def load_pipeline(
         `SourceError`: the model cannot be found or fetched.
     """
     if isinstance(model, DiffusionPipeline):
-        pipeline = family.pipeline_class(**model.components)
+        taken = inspect.signature(family.pipeline_class.__init__).parameters
+        settings = {
+            name: model.config[name] for name in taken if name in model.config and name not in model.components
+        }
+        pipeline = family.pipeline_class(**model.components, **settings)
     else:
         kwargs = dict(init_kwargs or {})
         chosen = kwargs.pop("dtype", kwargs.pop("torch_dtype", dtype))
-        chosen = getattr(torch, chosen) if isinstance(chosen, str) else chosen
+        if isinstance(chosen, str):
+            if not isinstance(getattr(torch, chosen, None), torch.dtype):
+                raise ValueError(
+                    f"`dtype` in `model_init_kwargs` must be a dtype of torch, such as bfloat16, but is {chosen!r}."
+                )
+            chosen = getattr(torch, chosen)
         dtypes = chosen if isinstance(chosen, dict) else {"default": chosen, "vae": torch.float32}
         kwargs.pop("revision", None)
         local = parse_source(model, kind="model").path  # the cache of the Hub, if `origin` names a repository too

@@ -41,8 +41,8 @@ def family_named(class_name: str | None, owner: str = "model") -> "ModelFamily":
     Raises:
         `ValueError`: no family has such a pipeline.
     """
-    if class_name not in FAMILIES:
-        close = get_close_matches(class_name or "", FAMILIES, n=1)
+    if not isinstance(class_name, str) or class_name not in FAMILIES:
+        close = get_close_matches(str(class_name), FAMILIES, n=1)
         hint = f" Did you mean {close[0]}?" if close else ""
         raise ValueError(
             f"`{owner}` is a {class_name!r}, which no known model family has. The pipelines that are supported are "

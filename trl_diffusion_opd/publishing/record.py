@@ -70,7 +70,7 @@ class TeacherRecord:
 @dataclass
 class GalleryImage:
     """
-    A image of the student, drawn with a fixed seed.
+    An image of the student, drawn with a fixed seed.
 
     Args:
         prompt (`str`):

@@ -60,7 +60,7 @@ def write_space(
         `Path`: the folder.
 
     Raises:
-        `ValueError`: nothing says what the base is, or it is no Stable Diffusion 3 pipeline, or too large to copy.
+        `ValueError`: nothing says what the base is, or it is no pipeline of a known model family, or too large to copy.
         `SourceError`: something cannot be found or fetched.
         `ImportError`: a package of the demo is not installed here.
     """

@@ -219,7 +219,7 @@ def _guidance(pipeline_class: str) -> dict[str, Any]:
 
 
 def _check_pipeline(name: str | None, base: str | Path) -> None:
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         known = " or ".join(map(repr, sorted(FAMILIES)))
         raise ValueError(f"`base`: {base} is a {name!r}, and the demo is made for a {known}.")
 

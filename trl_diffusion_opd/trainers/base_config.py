@@ -67,7 +67,7 @@ class DiffusionConfig(_BaseConfig):
 
         prompt_cache_size (`int`, *optional*, defaults to `512`):
             Number of prompts whose embeddings are kept in CPU memory. They are encoded ahead of the rounds in chunks
-            of this size (about 1.7 MB a prompt for Stable Diffusion 3.5 in bfloat16).
+            of this size (up to some MB a prompt).
         prompt_batch_size (`int`, *optional*, defaults to `16`):
             Number of prompts encoded at once.
         offload_text_encoders (`bool`, *optional*, defaults to `True`):

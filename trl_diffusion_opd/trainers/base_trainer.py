@@ -74,6 +74,8 @@ class DiffusionTrainer(EvaluatingTrainer):
         if args.push_to_hub and args.process_index == 0:
             args.hub_model_id = check_destination(args)
         self.base_origin, self.family = check_pipeline(model, args.model_init_kwargs)
+        self.skip_last_steps = check_family_settings(args, self.family)
+        self.check_method(args)
         self._load_prompts(args, train_dataset, eval_dataset, tasks, reward_funcs or {}, num_generations)
 
         # Base, student, and what the method adds to them
@@ -147,7 +149,8 @@ class DiffusionTrainer(EvaluatingTrainer):
             self.base_license = read_license(self.base_origin, folder, access.get("token"))
         self.transformer = self.pipeline.transformer
         self.latent_shape = self.family.latent_shape(self.pipeline, args.height, args.width)
-        self.skip_last_steps = check_family_settings(args, self.family, self.pipeline)
+        for scale in {args.guidance_scale, args.eval_guidance_scale} - {None}:
+            self.family.check(self.pipeline, scale)
         parameters = add_student(self.transformer, peft_config)
         if start is not None:
             load_lora_into(self.transformer, start)
@@ -168,6 +171,9 @@ class DiffusionTrainer(EvaluatingTrainer):
         if idle := sorted(set(self.reward_funcs) - set(self.eval_datasets)):
             raise ValueError(f"`reward_funcs` has tasks that `eval_dataset` has no prompts for: {idle}. Add some.")
         check_columns(self.reward_funcs, self.eval_datasets, "eval_dataset")
+
+    def check_method(self, args: DiffusionConfig) -> None:
+        """Raises a `ValueError` for settings of the method that the model family does not go with."""
 
     def prompts_at_once(self) -> int:
         """How many prompts this process needs the embeddings of at the same time: those of a round."""

@@ -215,13 +215,18 @@ def check_student(folder: str | Path, config: LoraConfig, ema_decay: float | Non
     names = [DIFFUSERS_WEIGHT_NAME] if ema_decay is None else [DIFFUSERS_WEIGHT_NAME, RAW_WEIGHT_NAME]
     for name in names:
         saved = read_lora(Path(folder) / name, owner=f"checkpoint {str(folder)!r}").config
-        for option in ("r", "lora_alpha"):
-            if getattr(saved, option) != getattr(config, option):
+        for option in ("r", "lora_alpha", "target_modules"):
+            then, now = (_sorted(getattr(each, option)) for each in (saved, config))
+            if then != now:
                 raise ResumeError(
-                    f"The checkpoint {str(folder)!r} was saved with another LoRA config: {option} {getattr(saved, option)} "
-                    f"instead of {getattr(config, option)}. Resume with the LoRA config of the saved run, or start a new "
+                    f"The checkpoint {str(folder)!r} was saved with another LoRA config: {option} {then} "
+                    f"instead of {now}. Resume with the LoRA config of the saved run, or start a new "
                     "run in another `output_dir`."
                 )
+
+
+def _sorted(value: Any) -> Any:
+    return sorted(value) if isinstance(value, (set, list, tuple)) else value
 
 
 def check_average(folder: str | Path, ema_decay: float | None) -> bool:

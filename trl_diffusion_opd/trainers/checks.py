@@ -1,22 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Settings of which only the base model's family knows whether they are right."""
 
-from diffusers import DiffusionPipeline
-
 from ..models.family import ModelFamily
 from .base_config import DiffusionConfig
 
 
-def check_family_settings(args: DiffusionConfig, family: ModelFamily, pipeline: DiffusionPipeline) -> int:
+def check_family_settings(args: DiffusionConfig, family: ModelFamily) -> int:
     """
-    Checks settings against the family of the base.
+    Checks settings against the family of the base, which need not be loaded.
 
     Returns:
         `int`: the number of steps at the end of a rollout that are not trained, by default the family's.
 
     Raises:
-        `ValueError`: no step is left to train, a prompt is longer than the model takes, or a guidance scale that it
-            would ignore.
+        `ValueError`: no step is left to train, or a prompt is longer than the model takes.
     """
     skipped = family.skip_last_steps if args.skip_last_steps is None else args.skip_last_steps
     for name in ("num_inference_steps", "eval_num_inference_steps"):
@@ -31,6 +28,4 @@ def check_family_settings(args: DiffusionConfig, family: ModelFamily, pipeline: 
             f"`max_sequence_length` must be at most {family.longest_prompt} for this model, but is "
             f"{args.max_sequence_length}."
         )
-    for scale in {args.guidance_scale, args.eval_guidance_scale} - {None}:
-        family.check(pipeline, scale)
     return skipped

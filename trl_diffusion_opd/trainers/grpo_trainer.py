@@ -17,6 +17,7 @@ from ..losses.grpo import is_clipped, log_ratio, mean_shift, reference_divergenc
 from ..models.loading import STUDENT
 from ..models.sampler import Policy
 from ..rewards.functions import RewardFunc
+from ..sampling.solvers import SOLVERS
 from .experience import Experience, zero_unselected
 from .grpo_config import FlowGRPOConfig
 from .rl_trainer import RLTrainer
@@ -60,7 +61,7 @@ class FlowGRPOTrainer(RLTrainer):
     Trainer for [Flow-GRPO: Training Flow Matching Models via Online RL](https://huggingface.co/papers/2505.05470) and
     [GRPO-Guard](https://huggingface.co/papers/2510.22319).
 
-    Several images of each prompt are drawn with a stochastic sampler. Every denoising step of a image is made more
+    Several images of each prompt are drawn with a stochastic sampler. Every denoising step of an image is made more
     probable if the image is better than the others of its prompt, and less probable if it is worse.
 
     Example:
@@ -146,8 +147,8 @@ class FlowGRPOTrainer(RLTrainer):
     def kept_latents(self) -> int:
         return 3 * (len(self.schedule) - self.skip_last_steps)
 
-    def add_models(self, args: FlowGRPOConfig) -> None:
-        if args.solver in ("cps", "ddim") and self.skip_last_steps == 0:
+    def check_method(self, args: FlowGRPOConfig) -> None:
+        if SOLVERS[args.solver].last_step_is_noiseless and self.skip_last_steps == 0:
             raise ValueError(
                 f"`skip_last_steps` is 0 for this model, but the last step of `solver={args.solver!r}` has no noise and "
                 "hence no probability. Set it to 1 at least."

@@ -288,7 +288,8 @@ class LoraTrainer(PushMixin, _BaseTrainer):
         except ValueError as error:
             raise ResumeError(str(error)) from error
         if self.is_world_process_zero():
-            tell_changes(folder, self.trajectory, without_paths(self.args.to_dict()))
+            settings = without_paths(self.args.to_dict())
+            tell_changes(folder, self.trajectory, settings, at_end=self.resumed_at_end)
         self.resume_record(folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -146,6 +146,8 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             files=self._teacher_files,
             show_progress=args.process_index == 0 and not args.disable_tqdm,
         )
+        for teacher in self.loaded_teachers.values():
+            self.family.check(self.pipeline, teacher.guidance_scale)
         self.teachers = {
             task: Policy(
                 f"teacher {task}",

@@ -17,6 +17,8 @@ def check_output_dir(folder: str | Path) -> None:
         `OSError`: it cannot be created or written to; the message says why.
     """
     path = Path(folder)
+    if not str(folder):
+        raise ValueError("`output_dir` is empty. Name a folder.")
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path) as file:

@@ -7,6 +7,7 @@ from torch import nn
 
 from ..data.rounds import Prompts, num_prompts
 from ..models.family import PIXELS_AT_ONCE
+from ..models.loading import STUDENT
 from ..rewards.base import Reward
 from ..utils.hardware import format_bytes
 from .base_trainer import DiffusionTrainer
@@ -24,7 +25,7 @@ def describe_plan(trainer: DiffusionTrainer) -> str:
     processes = args.world_size
     trained = len(trainer.schedule) - trainer.skip_last_steps
     height, width = family.image_size(pipe, trainer.latent_shape)
-    rank = trainer.transformer.peft_config["default"].r
+    rank = trainer.transformer.peft_config[STUDENT].r
     method = trainer.plan()
     estimate = memory_estimate(trainer) | method.memory
     encoding = estimate["models"] + _bytes(*_text_encoders(trainer))

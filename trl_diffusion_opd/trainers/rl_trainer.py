@@ -40,7 +40,7 @@ class RLTrainer(DiffusionTrainer):
     Base class of the trainers that learn from rewards. Subclasses define `draw`, how a batch of images is drawn and
     what is kept of it, and `learn`, which accumulates the gradient of a batch; `config_class`, whose defaults are used
     without `args`; and for the plan of a run `objective`, in words, and `kept_latents`, how many tensors of the size of
-    its latents are kept of a image.
+    its latents are kept of an image.
     """
 
     config_class: type[RLConfig]
@@ -248,7 +248,7 @@ class RLTrainer(DiffusionTrainer):
         return reward_columns(funcs, images, batch, args.reward_weights, timeout=args.reward_timeout)
 
     def _compare(self, rounds: list[list[Experience]]) -> None:
-        """Sets the advantages, by statistics over all processes, and the weight of a image in each step's loss."""
+        """Sets the advantages, by statistics over all processes, and the weight of an image in each step's loss."""
         device, tasks = self.accelerator.device, list(self.datasets)
         experiences = [experience for group in rounds for experience in group]
         rewards = torch.tensor([r for e in experiences for r in e.rewards["reward"]], dtype=torch.float64)

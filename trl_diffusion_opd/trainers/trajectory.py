@@ -28,6 +28,21 @@ _NOT_TOLD = tuple(
     "allow_changes model_init_kwargs output_dir logging_dir report_to run_name hub_ push_to_hub use_cpu disable_tqdm "
     "dataloader resume_from_checkpoint project trackio local_rank log_ ddp_ accelerator_config do_ no_cuda".split()
 )
+# What may be other where a run is only finished
+_OF_THE_END = (
+    *(
+        "max_steps",
+        "num_train_epochs",
+        "save_",
+        "eval_",
+        "logging_",
+        "per_device_eval",
+        "greater_",
+        "metric_for",
+        "load_",
+    ),
+    *_FREE,
+)
 TRAJECTORY_KEY = "trajectory"  # in the provenance
 _ROUND, _PROMPTS = "images_per_round", "prompts"
 
@@ -116,8 +131,15 @@ def check_trajectory(folder: str | Path, trajectory: dict[str, Any], allowed: li
         )
 
 
-def tell_changes(folder: str | Path, trajectory: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Logs in one line what is other than in the run that saved a checkpoint, of its trajectory and its settings."""
+def tell_changes(
+    folder: str | Path, trajectory: dict[str, Any], settings: dict[str, Any], *, at_end: bool = False
+) -> None:
+    """
+    Logs in one line what is other than in the run that saved a checkpoint, of its trajectory and its settings.
+
+    Raises:
+        `ResumeError`: the run is at its end, where such a setting has no effect any more but would be told on the card.
+    """
     saved = {**read_json(folder, TRAINING_ARGS_FILE), **read_json(folder, PROVENANCE_FILE).get(TRAJECTORY_KEY, {})}
     now = {**json.loads(dump_json(settings)), **trajectory}
     changes = [
@@ -125,6 +147,11 @@ def tell_changes(folder: str | Path, trajectory: dict[str, Any], settings: dict[
         for name in sorted(saved.keys() & now.keys())
         if saved[name] != now[name] and not name.startswith(_NOT_TOLD)
     ]
+    if at_end and (idle := [change for change in changes if not change.startswith(_OF_THE_END)]):
+        raise ResumeError(
+            f"The run of {str(folder)!r} is at its end, where other settings change nothing any more: {', '.join(idle)}. "
+            "Resume with those of the run, or train further with a larger `max_steps`."
+        )
     if changes:
         logger.warning(f"The run goes on from {str(folder)!r} with other settings: {', '.join(changes)}.")
 

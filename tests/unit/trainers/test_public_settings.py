@@ -163,3 +163,9 @@ def test_options_that_diffusers_takes_are_passed_on(tmp_path, capfd):
     loaded = StableDiffusion3SDEPipeline.from_pretrained(tmp_path, **values)
     said = capfd.readouterr()
     assert loaded.vae is components.vae and "not expected" not in said.out + said.err
+
+
+def test_a_dtype_that_torch_lacks(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match="`dtype` in `model_init_kwargs` must be a dtype of torch, .* but is 'fp61'"):
+        make_trainer(tmp_path, pipeline=str(tmp_path / "base"), model_init_kwargs={"dtype": "fp61"})

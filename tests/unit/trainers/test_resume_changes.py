@@ -67,6 +67,14 @@ def test_what_defines_the_course_of_a_run_must_be_asked_for(folder, change, mess
         assert trainer.state.global_step == 3
 
 
+def test_a_finished_run_refuses_what_would_change_nothing(folder):
+    with pytest.raises(ValueError, match=r"is at its end, .*: learning_rate 0\.01 -> 0\.5\. .*larger `max_steps`"):
+        make_trainer(folder, **SAVED, learning_rate=0.5).train(resume_from_checkpoint=True)
+    trainer = make_trainer(folder, **SAVED, reward_timeout=7.0, num_eval_images=3, eval_noise_level=0.7)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 2
+
+
 def test_a_setting_that_stands_for_the_same_is_no_change(folder):
     assert resume(folder, skip_last_steps=1).state.global_step == 3
 

@@ -123,8 +123,10 @@ class EntrySampler:
         """
         adapters = tuple(self.adapters[name] for name in entry.loras)
         policy = Policy(entry.name, entry.guidance_scale, adapters, weight=entry.weight)
-        images = self.sampler.decode(self.sampler.sample_latents(policy, conditioning, list(seeds), self.schedule))
-        if not images.isfinite().all():
+        self.sampler.family.check(self.sampler.pipeline, entry.guidance_scale)
+        latents = self.sampler.sample_latents(policy, conditioning, list(seeds), self.schedule)
+        images = self.sampler.decode(latents)
+        if not (latents.isfinite().all() and images.isfinite().all()):
             raise ValueError(
                 f"{entry.name!r} draws pixels that are not numbers in {str(self.dtype).removeprefix('torch.')}. "
                 "Try another `--dtype`; if it is no better in float32, its weights are broken."

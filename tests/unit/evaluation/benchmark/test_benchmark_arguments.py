@@ -142,7 +142,7 @@ def test_unknown_settings(tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_info:
         cli.main(["eval", "--config", str(tmp_path / "recipe.yaml")])
     error = capsys.readouterr().err
-    assert exit_info.value.code == 2 and "unknown settings --learning_rate 3. `trl-diffusion-opd eval --help`" in error
+    assert exit_info.value.code == 2 and "unknown settings --learning_rate. `trl-diffusion-opd eval --help`" in error
 
 
 HELP = """
