@@ -3,6 +3,7 @@
 
 import inspect
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,36 @@ def load_pipeline(
     if pipeline.vae.dtype != torch.float32:
         pipeline.vae.to(torch.float32)
     return pipeline
+
+
+def sizes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers and switches in the config of a model, by which its shape is told, and nothing else of it."""
+    return {name: value for name, value in config.items() if value is None or isinstance(value, int | float)}
+
+
+def read_transformer_sizes(
+    model: str | Path | DiffusionPipeline, origin: Origin, init_kwargs: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """
+    The [`sizes`] of a pipeline's transformer, read without loading it; none if there is no config to be read.
+
+    Args:
+        model (`str`, `Path` or [`~diffusers.DiffusionPipeline`]), init_kwargs (`dict`, *optional*):
+            As of [`check_pipeline`].
+        origin ([`Origin`]):
+            What [`check_pipeline`] returned.
+    """
+    if isinstance(model, DiffusionPipeline):
+        return sizes(model.transformer.config)
+    source, name = parse_source(model, kind="model"), "transformer/config.json"
+    if source.path is None:
+        file = fetch(parse_source(origin.name), name, "model", commit=origin.commit, **_access(init_kwargs or {})).path
+    else:
+        file = source.path / name
+    try:
+        return sizes(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, AttributeError):
+        return {}  # loading it will tell why
 
 
 def fetch_pipeline(origin: Origin, family: ModelFamily, init_kwargs: dict[str, Any], *, owner: str = "model") -> Path:

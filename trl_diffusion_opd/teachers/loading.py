@@ -82,6 +82,37 @@ def fetch_teachers(configs: Mapping[str, TeacherConfig]) -> dict[str, Resolved]:
     return files
 
 
+def read_fingerprints(
+    configs: Mapping[str, TeacherConfig], files: Mapping[str, Resolved], guidance_scale: float
+) -> dict[str, dict[str, Any]]:
+    """
+    What can be told of teachers before they are loaded.
+
+    Args:
+        configs (`Mapping[str, TeacherConfig]`), guidance_scale (`float`):
+            As of [`load_teachers`].
+        files (`Mapping[str, Resolved]`):
+            What [`fetch_teachers`] returned.
+
+    Returns:
+        `dict`: by task, the `guidance_scale`, and of LoRAs the SHA-256 of their tensors in float32, `tensors`, which is
+        equal for equal tensors in files of any format.
+    """
+    known: dict[str, dict[str, Any]] = {}
+    for task, config in configs.items():
+        known[task] = {"guidance_scale": _guidance(config, guidance_scale)}
+        if task in files:
+            weights, _ = load_lora(
+                config.source(), weight_name=config.weight_name, owner=_owner(task, config), found=files[task]
+            )
+            known[task]["tensors"] = weights_sha256({name: t.float() for name, t in weights.state_dict.items()})
+    return known
+
+
+def _guidance(config: TeacherConfig, guidance_scale: float) -> float:
+    return float(guidance_scale if config.guidance_scale is None else config.guidance_scale)
+
+
 def _owner(task: str, config: TeacherConfig) -> str:
     return f"teacher {task!r} ({config.source()})"
 
@@ -126,7 +157,7 @@ def load_teachers(
     for index, (task, config) in enumerate(tqdm(configs.items(), desc="Loading teachers", disable=not show_progress)):
         teacher = Teacher(
             name=task,
-            guidance_scale=float(guidance_scale if config.guidance_scale is None else config.guidance_scale),
+            guidance_scale=_guidance(config, guidance_scale),
             adapter_name=None,
             model=None,
             fingerprint="",

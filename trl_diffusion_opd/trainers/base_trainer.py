@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from torch import nn
 from transformers import TrainerCallback, set_seed
+from transformers.integrations import get_reporting_integration_callbacks
 
 from ..data.prompt_sets import task_datasets
 from ..data.rounds import RoundSampler
@@ -24,12 +25,20 @@ from ..hub.upload import check_destination
 from ..lora.adapters import load_lora_into
 from ..lora.ema import StudentEMA
 from ..lora.files import load_lora
-from ..models.loading import add_student, check_pipeline, load_pipeline, student_config
+from ..models.loading import (
+    add_student,
+    check_pipeline,
+    load_pipeline,
+    read_transformer_sizes,
+    sizes,
+    student_config,
+)
 from ..models.sampler import Policy
 from ..models.velocity import VelocityModel
 from ..publishing.record import RunRecord
 from ..rewards.functions import RewardFunc, check_columns, normalize_reward_funcs
 from .base_config import DiffusionConfig
+from .checkpoints import check_sources
 from .checks import check_family_settings
 from .disk import check_disk
 from .evaluating_trainer import EvaluatingTrainer
@@ -71,6 +80,12 @@ class DiffusionTrainer(EvaluatingTrainer):
         # Where to write and to push, tasks and prompts: checked before anything large is loaded
         if args.should_save:
             check_output_dir(args.output_dir)
+        get_reporting_integration_callbacks(args.report_to)  # raises a ValueError for a name that there is not
+        if args.eval_strategy != "no" and eval_dataset is None:
+            raise ValueError(
+                f"`eval_strategy` is {args.eval_strategy.value!r}, but there is no `eval_dataset`. Pass one, or set "
+                "`eval_strategy` to 'no'."
+            )
         if args.push_to_hub and args.process_index == 0:
             args.hub_model_id = check_destination(args)
         self.base_origin, self.family = check_pipeline(model, args.model_init_kwargs)
@@ -138,6 +153,10 @@ class DiffusionTrainer(EvaluatingTrainer):
         peft_config = student_config(peft_config, self.family)
         self.check_start(args, self.datasets, peft_config, {"skip_last_steps": self.family.skip_last_steps})
         self.fetch_models()
+        self.sources = self.known_sources(args)
+        if self.first_checkpoint is not None:
+            base = read_transformer_sizes(model, self.base_origin, args.model_init_kwargs)
+            check_sources(self.first_checkpoint, {**self.sources, "base": base})
         set_seed(args.seed)
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
         self.pipeline = load_pipeline(
@@ -148,6 +167,7 @@ class DiffusionTrainer(EvaluatingTrainer):
             folder, access = getattr(model, "name_or_path", model), args.model_init_kwargs or {}
             self.base_license = read_license(self.base_origin, folder, access.get("token"))
         self.transformer = self.pipeline.transformer
+        self.sources["base"] = sizes(self.transformer.config)
         self.latent_shape = self.family.latent_shape(self.pipeline, args.height, args.width)
         for scale in {args.guidance_scale, args.eval_guidance_scale} - {None}:
             self.family.check(self.pipeline, scale)
@@ -198,9 +218,13 @@ class DiffusionTrainer(EvaluatingTrainer):
         """Title, id and citation of the method."""
         return self._paper
 
+    def known_sources(self, args: DiffusionConfig) -> dict[str, Any]:
+        """What of `provenance` can be told before anything is loaded."""
+        return {"tasks": self.rounds.weights}
+
     @property
     def provenance(self) -> dict[str, Any]:
-        return {"base": _config_hash(self.transformer.config), "tasks": self.rounds.weights}
+        return {**self.sources, "base": _config_hash(self.transformer.config)}
 
     def plan(self) -> MethodPlan:
         """What the method adds to the plan of a run."""

@@ -8,6 +8,7 @@ import re
 import shutil
 import uuid
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from ..utils.files import STAGING_FOLDER, recover_folders, written_whole
 
 logger = logging.getLogger(__name__)
 PROVENANCE_FILE = "provenance.json"
+SOURCES_KEY = "sources"  # in the provenance
 RUN_ID_FILE = "run_id"
 CHECKPOINT_STAGING_FOLDER = "_staging"
 _FILES = (
@@ -223,6 +225,36 @@ def check_student(folder: str | Path, config: LoraConfig, ema_decay: float | Non
                     f"instead of {now}. Resume with the LoRA config of the saved run, or start a new "
                     "run in another `output_dir`."
                 )
+
+
+def check_sources(folder: str | Path, sources: Mapping[str, Any]) -> None:
+    """
+    Checks that a run is made from what it was made from when a checkpoint was saved, as far as that can be told before
+    anything is loaded: only what both of them know is compared.
+
+    Args:
+        folder (`str` or `Path`):
+            The checkpoint.
+        sources (`Mapping[str, Any]`):
+            What the run is made from.
+
+    Raises:
+        `ResumeError`: something is other.
+    """
+    saved = read_json(folder, PROVENANCE_FILE).get(SOURCES_KEY, {})
+    for name, now in json.loads(json.dumps(sources, default=str)).items():
+        if name in saved and (differing := _differing(saved[name], now)):
+            raise ResumeError(
+                f"The checkpoint {str(folder)!r} belongs to a run with other {name}: {', '.join(differing)}. Resume with "
+                f"the same {name}, or start a new run in another `output_dir`."
+            )
+
+
+def _differing(then: Any, now: Any) -> list[str]:
+    """What is other, in words; of mappings, only what both of them have."""
+    if not (isinstance(then, dict) and isinstance(now, dict)):
+        return [] if then == now else [f"{now!r} instead of {then!r}"]
+    return [f"{key} {text}" for key in sorted(then.keys() & now.keys()) for text in _differing(then[key], now[key])]
 
 
 def _sorted(value: Any) -> Any:

@@ -30,6 +30,7 @@ from ..utils.serialization import without_paths, write_json
 from .checkpoints import (
     CHECKPOINT_STAGING_FOLDER,
     PROVENANCE_FILE,
+    SOURCES_KEY,
     ResumeError,
     begin_run,
     check_average,
@@ -72,9 +73,10 @@ class LoraTrainer(PushMixin, _BaseTrainer):
     """
     A [`~transformers.Trainer`] whose model is a LoRA adapter called `"default"` on a diffusers transformer.
 
-    Subclasses set `transformer` (the module with the adapter), `ema` (a [`StudentEMA`] or `None`) and `provenance` (a
-    JSON-like dictionary of what the run was made from, which a resumed run must share), call `check_start` before they
-    load anything large, and define `make_record`, the [`RunRecord`] that the model card is rendered from.
+    Subclasses set `transformer` (the module with the adapter), `ema` (a [`StudentEMA`] or `None`), `provenance` (a
+    JSON-like dictionary of what the run was made from, which a resumed run must share) and `sources` (what of it can be
+    told before anything is loaded), call `check_start` before they load anything large, and define `make_record`, the
+    [`RunRecord`] that the model card is rendered from.
     """
 
     loss_is_scaled_for_ga = True  # the training step divides by the number of accumulation steps itself
@@ -118,14 +120,14 @@ class LoraTrainer(PushMixin, _BaseTrainer):
             `ResumeError`: the run cannot be resumed from the checkpoint.
         """
         self.trajectory = describe_trajectory(datasets, args, defaults)
-        self.first_step = 0
+        self.first_checkpoint, self.first_step = None, 0
         if args.resume_from_checkpoint is None:
             return
         if args.process_index == 0:
             with holding(args.output_dir):
                 clean_up(Path(args.output_dir))
         PartialState().wait_for_everyone()
-        checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
+        self.first_checkpoint = checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
         if checkpoint is not None:
             check_files(checkpoint)
             check_student(checkpoint, lora, args.ema_decay)
@@ -207,7 +209,8 @@ class LoraTrainer(PushMixin, _BaseTrainer):
             with written_whole(output_dir) as folder:
                 self._save_loras(folder)
                 write_json(folder / TRAINING_ARGS_FILE, self.args.to_dict())
-                write_json(folder / PROVENANCE_FILE, {**self.provenance, TRAJECTORY_KEY: self.trajectory})
+                notes = {SOURCES_KEY: self.sources, TRAJECTORY_KEY: self.trajectory}
+                write_json(folder / PROVENANCE_FILE, {**self.provenance, **notes})
                 if self.run_id:
                     write_run_id(folder, self.run_id)
                 self.make_record().save(folder)
@@ -319,8 +322,8 @@ class LoraTrainer(PushMixin, _BaseTrainer):
         for key, value in self.provenance.items():
             if saved.get(key) != json.loads(json.dumps(value)):
                 raise ValueError(
-                    f"The checkpoint {str(folder)!r} belongs to a run with other {key}:\n  saved: {saved.get(key)}\n"
-                    f"  now:   {value}\nResume with the same {key}, or start a new run in another `output_dir`."
+                    f"The checkpoint {str(folder)!r} belongs to a run with other {key}: {value} instead of "
+                    f"{saved.get(key)}. Resume with the same {key}, or start a new run in another `output_dir`."
                 )
 
     # The model card

@@ -19,7 +19,7 @@ from ..publishing.record import TeacherRecord
 from ..rewards.functions import RewardFunc
 from ..sampling.denoising import Trajectory
 from ..teachers.config import check_tasks, normalize_teachers
-from ..teachers.loading import fetch_teachers, load_teachers
+from ..teachers.loading import fetch_teachers, load_teachers, read_fingerprints
 from ..utils.markdown import escape
 from .base_trainer import DiffusionTrainer
 from .method_plan import MethodPlan, format_origin
@@ -157,6 +157,10 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             )
             for task, teacher in self.loaded_teachers.items()
         }
+
+    def known_sources(self, args: DiffusionOPDConfig) -> dict[str, Any]:
+        teachers = read_fingerprints(self._teacher_configs, self._teacher_files, args.guidance_scale)
+        return {**super().known_sources(args), "teachers": teachers}
 
     @property
     def provenance(self) -> dict[str, Any]:

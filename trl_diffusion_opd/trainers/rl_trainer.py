@@ -106,11 +106,10 @@ class RLTrainer(DiffusionTrainer):
         """Those of a rollout."""
         return len(set(self.rounds.prompts_of(range(self.args.steps_per_rollout))))
 
-    @property
-    def provenance(self) -> dict[str, Any]:
+    def known_sources(self, args: RLConfig) -> dict[str, Any]:
         rewards = {task: [reward_name(func) for func in funcs] for task, funcs in self.reward_funcs.items()}
         return {
-            **super().provenance,
+            **super().known_sources(args),
             "method": self._name,
             "rewards": rewards,
             "reward weights": self.reward_weights,

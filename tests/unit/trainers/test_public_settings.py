@@ -169,3 +169,15 @@ def test_a_dtype_that_torch_lacks(tmp_path):
     tiny_pipeline().save_pretrained(tmp_path / "base")
     with pytest.raises(ValueError, match="`dtype` in `model_init_kwargs` must be a dtype of torch, .* but is 'fp61'"):
         make_trainer(tmp_path, pipeline=str(tmp_path / "base"), model_init_kwargs={"dtype": "fp61"})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"report_to": "nope"}, "nope is not supported, only .*tensorboard"),
+        ({"eval_strategy": "steps", "eval_steps": 1}, "`eval_strategy` is 'steps', but there is no `eval_dataset`"),
+    ],
+)
+def test_what_the_base_class_needs_is_checked_before_the_base_is_loaded(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, pipeline="nowhere/at-all", **settings)
