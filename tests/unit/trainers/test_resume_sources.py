@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run that is made from other models than a checkpoint's is refused before the base is loaded."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,18 @@ from trl_diffusion_opd.trainers.checkpoints import ResumeError
 SAVED = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
 
 
-@pytest.fixture
-def folder(tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
     """The folder of a run with a checkpoint, and its base."""
-    tiny_pipeline().save_pretrained(tmp_path / "base")
-    make_trainer(tmp_path, pipeline=str(tmp_path / "base"), **SAVED).train()
-    return tmp_path
+    folder = tmp_path_factory.mktemp("saved")
+    tiny_pipeline().save_pretrained(folder / "base")
+    make_trainer(folder, pipeline=str(folder / "base"), **SAVED).train()
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path) -> Path:
+    return shutil.copytree(saved, tmp_path / "run")
 
 
 def resume(folder: Path, **changes):
