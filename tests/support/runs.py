@@ -4,10 +4,12 @@
 from pathlib import Path
 
 import torch
+from diffusers import StableDiffusion3Pipeline
 from peft import LoraConfig
 
 from tests.support.tiny import random_lora, save_diffusers_lora, save_peft_lora, tiny_pipeline
 from trl_diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer, TeacherConfig
+from trl_diffusion_opd.data.rounds import TaskBatch
 
 
 PROMPTS = {
@@ -76,3 +78,21 @@ def student_state(trainer: DiffusionOPDTrainer) -> dict[str, torch.Tensor]:
         for name, parameter in trainer.transformer.named_parameters()
         if ".default." in name
     }
+
+
+def stock_images(lora: str | Path, batch: TaskBatch, noise: torch.Tensor, num_inference_steps: int) -> torch.Tensor:
+    """What diffusers' own pipeline draws with a LoRA from the same noise."""
+    pipe = tiny_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights(str(lora), weight_name="pytorch_lora_weights.safetensors")
+    return StableDiffusion3Pipeline.__call__(
+        pipe,
+        batch.prompts,
+        latents=noise,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=2.0,
+        max_sequence_length=16,
+        height=16,
+        width=16,
+        output_type="pt",
+    ).images

@@ -158,7 +158,7 @@ def load_pipeline(
 
 def sizes(config: Mapping[str, Any]) -> dict[str, Any]:
     """The numbers and switches in the config of a model, by which its shape is told, and nothing else of it."""
-    return {name: value for name, value in config.items() if value is None or isinstance(value, int | float)}
+    return {name: value for name, value in config.items() if isinstance(value, int | float)}
 
 
 def read_transformer_sizes(
@@ -175,6 +175,8 @@ def read_transformer_sizes(
     """
     if isinstance(model, DiffusionPipeline):
         return sizes(model.transformer.config)
+    if "transformer" in (init_kwargs or {}):  # in the place of the pipeline's own
+        return sizes(getattr(init_kwargs["transformer"], "config", {}))
     source, name = parse_source(model, kind="model"), "transformer/config.json"
     if source.path is None:
         file = fetch(parse_source(origin.name), name, "model", commit=origin.commit, **_access(init_kwargs or {})).path

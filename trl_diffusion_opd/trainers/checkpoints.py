@@ -190,6 +190,14 @@ def read_json(folder: str | Path, file: str) -> dict[str, Any]:
     return content
 
 
+def read_notes(folder: str | Path, key: str) -> dict[str, Any]:
+    """One of the mappings in the provenance of a checkpoint, empty if it has none; a `ResumeError` if it is damaged."""
+    notes = read_json(folder, PROVENANCE_FILE).get(key, {})
+    if not isinstance(notes, dict):
+        raise ResumeError(_damaged(folder, PROVENANCE_FILE))
+    return notes
+
+
 def read_step(folder: str | Path) -> int:
     """The number of optimizer steps that a checkpoint was saved after."""
     step = read_json(folder, TRAINER_STATE_NAME).get("global_step")
@@ -241,7 +249,7 @@ def check_sources(folder: str | Path, sources: Mapping[str, Any]) -> None:
     Raises:
         `ResumeError`: something is other.
     """
-    saved = read_json(folder, PROVENANCE_FILE).get(SOURCES_KEY, {})
+    saved = read_notes(folder, SOURCES_KEY)
     for name, now in json.loads(json.dumps(sources, default=str)).items():
         if name in saved and (differing := _differing(saved[name], now)):
             raise ResumeError(

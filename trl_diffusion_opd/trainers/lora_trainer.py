@@ -45,7 +45,7 @@ from .checkpoints import (
 from .disk import SaveError, save_elsewhere
 from .pushing import PushMixin
 from .run_lock import holding
-from .trajectory import TRAJECTORY_KEY, check_trajectory, describe_trajectory, tell_changes
+from .trajectory import TRAJECTORY_KEY, check_changes, check_trajectory, describe_trajectory
 from .watchdog import watching_others
 
 
@@ -290,9 +290,8 @@ class LoraTrainer(PushMixin, _BaseTrainer):
             check_trajectory(folder, self.trajectory, self.args.allow_changes)
         except ValueError as error:
             raise ResumeError(str(error)) from error
-        if self.is_world_process_zero():
-            settings = without_paths(self.args.to_dict())
-            tell_changes(folder, self.trajectory, settings, at_end=self.resumed_at_end)
+        settings, tell = without_paths(self.args.to_dict()), self.is_world_process_zero()
+        check_changes(folder, self.trajectory, settings, at_end=self.resumed_at_end, tell=tell)
         self.resume_record(folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -14,11 +14,12 @@ def check_output_dir(folder: str | Path) -> None:
             The folder.
 
     Raises:
+        `ValueError`: it is named by an empty text.
         `OSError`: it cannot be created or written to; the message says why.
     """
-    path = Path(folder)
     if not str(folder):
         raise ValueError("`output_dir` is empty. Name a folder.")
+    path = Path(folder)
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path) as file:

@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from ..data.rounds import Prompts, StreamedPrompts, is_plain
 from ..publishing.push import TRAINING_ARGS_FILE
 from ..utils.serialization import dump_json
-from .checkpoints import PROVENANCE_FILE, ResumeError, read_json
+from .checkpoints import ResumeError, read_json, read_notes
 
 
 logger = logging.getLogger(__name__)
@@ -30,17 +30,7 @@ _NOT_TOLD = tuple(
 )
 # What may be other where a run is only finished
 _OF_THE_END = (
-    *(
-        "max_steps",
-        "num_train_epochs",
-        "save_",
-        "eval_",
-        "logging_",
-        "per_device_eval",
-        "greater_",
-        "metric_for",
-        "load_",
-    ),
+    *"max_steps num_train_epochs save_ eval_ logging_ per_device_eval greater_is_better metric_for load_best".split(),
     *_FREE,
 )
 TRAJECTORY_KEY = "trajectory"  # in the provenance
@@ -115,7 +105,7 @@ def check_trajectory(folder: str | Path, trajectory: dict[str, Any], allowed: li
     Raises:
         `ResumeError`: something else is other.
     """
-    saved = read_json(folder, PROVENANCE_FILE).get(TRAJECTORY_KEY, {})
+    saved = read_notes(folder, TRAJECTORY_KEY)
     changes = [
         f"other prompts of {', '.join(_differing(saved[name], now)) or 'its tasks'}"
         if name == _PROMPTS
@@ -131,16 +121,17 @@ def check_trajectory(folder: str | Path, trajectory: dict[str, Any], allowed: li
         )
 
 
-def tell_changes(
-    folder: str | Path, trajectory: dict[str, Any], settings: dict[str, Any], *, at_end: bool = False
+def check_changes(
+    folder: str | Path, trajectory: dict[str, Any], settings: dict[str, Any], *, at_end: bool, tell: bool
 ) -> None:
     """
-    Logs in one line what is other than in the run that saved a checkpoint, of its trajectory and its settings.
+    Looks for what is other than in the run that saved a checkpoint, of its trajectory and its settings, and logs it in one
+    line if `tell`.
 
     Raises:
         `ResumeError`: the run is at its end, where such a setting has no effect any more but would be told on the card.
     """
-    saved = {**read_json(folder, TRAINING_ARGS_FILE), **read_json(folder, PROVENANCE_FILE).get(TRAJECTORY_KEY, {})}
+    saved = {**read_json(folder, TRAINING_ARGS_FILE), **read_notes(folder, TRAJECTORY_KEY)}
     now = {**json.loads(dump_json(settings)), **trajectory}
     changes = [
         name if name == _PROMPTS else f"{name} {saved[name]!r} -> {now[name]!r}"
@@ -152,9 +143,9 @@ def tell_changes(
             f"The run of {str(folder)!r} is at its end, where other settings change nothing any more: {', '.join(idle)}. "
             "Resume with those of the run, or train further with a larger `max_steps`."
         )
-    if changes:
+    if changes and tell:
         logger.warning(f"The run goes on from {str(folder)!r} with other settings: {', '.join(changes)}.")
 
 
-def _differing(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
-    return [name for name in second if first.get(name) != second[name]]
+def _differing(first: Any, second: dict[str, Any]) -> list[str]:
+    return [name for name in second if not isinstance(first, dict) or first.get(name) != second[name]]

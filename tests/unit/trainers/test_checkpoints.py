@@ -10,11 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file
 
-from tests.support.runs import PROMPTS, SAVING_RUN, make_teachers, make_trainer, small_lora, student_state
-from tests.support.tiny import random_lora, save_diffusers_lora, tiny_pipeline
+from tests.support.runs import (
+    PROMPTS,
+    SAVING_RUN,
+    make_teachers,
+    make_trainer,
+    small_lora,
+    stock_images,
+    student_state,
+)
+from tests.support.tiny import random_lora, save_diffusers_lora
 from trl_diffusion_opd.evaluation.score import evaluation_batch
 
 
@@ -255,20 +262,7 @@ def test_stock_pipeline_gives_the_images_of_training(tmp_path, averaged):
     base = trainer.grid.sample_batch(trainer.policies()[0], batch)
     assert (expected - base).abs().max() > 1e-3
 
-    pipe = tiny_pipeline()
-    pipe.set_progress_bar_config(disable=True)
-    pipe.load_lora_weights(str(tmp_path / "out"), weight_name="pytorch_lora_weights.safetensors")
-    images = StableDiffusion3Pipeline.__call__(
-        pipe,
-        batch.prompts,
-        latents=trainer.sampler.noise(batch.seeds)[0],
-        num_inference_steps=6,
-        guidance_scale=2.0,
-        max_sequence_length=16,
-        height=16,
-        width=16,
-        output_type="pt",
-    ).images
+    images = stock_images(tmp_path / "out", batch, trainer.sampler.noise(batch.seeds)[0], num_inference_steps=6)
     torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
     name = "pytorch_lora_weights_raw.safetensors"
     assert (tmp_path / "out" / name).is_file() == averaged

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run that is made from other models than a checkpoint's is refused before the base is loaded."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import pytest
 
 from tests.support.runs import make_teachers, make_trainer
 from tests.support.tiny import random_lora, save_diffusers_lora, save_peft_lora, tiny_pipeline, tiny_transformer
+from trl_diffusion_opd.hub.locations import Origin
+from trl_diffusion_opd.models.loading import read_transformer_sizes
 from trl_diffusion_opd.teachers.config import TeacherConfig
 from trl_diffusion_opd.trainers import base_trainer
 from trl_diffusion_opd.trainers.checkpoints import ResumeError
@@ -104,10 +107,17 @@ def test_a_checkpoint_tells_no_texts_of_the_base(tmp_path):
 
 
 def test_of_a_base_without_a_readable_config_nothing_is_told_early(tmp_path):
-    from trl_diffusion_opd.hub.locations import Origin
-    from trl_diffusion_opd.models.loading import read_transformer_sizes
-
     (tmp_path / "transformer").mkdir()
     for content in ("{", "[]"):
         (tmp_path / "transformer" / "config.json").write_text(content)
         assert read_transformer_sizes(str(tmp_path), Origin("")) == {}
+    given = {"transformer": tiny_transformer(num_layers=3)}
+    assert read_transformer_sizes(str(tmp_path), Origin(""), given)["num_layers"] == 3
+
+
+@pytest.mark.parametrize("key", ["sources", "trajectory"])
+def test_damaged_notes_are_told(folder, key):
+    file = folder / "out" / "checkpoint-1" / "provenance.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: 3}))
+    with pytest.raises(ResumeError, match="is damaged: its 'provenance.json' cannot be read"):
+        resume(folder)

@@ -5,13 +5,12 @@ import json
 
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from tests.support.rl_runs import brightness, logs, make_trainer, redness, student_and_old
-from tests.support.runs import PROMPTS, small_lora, student_state
-from tests.support.tiny import random_lora, save_diffusers_lora, save_peft_lora, tiny_pipeline
+from tests.support.runs import PROMPTS, small_lora, stock_images, student_state
+from tests.support.tiny import random_lora, save_diffusers_lora, save_peft_lora
 from trl_diffusion_opd.evaluation.score import evaluation_batch
 from trl_diffusion_opd.hub.errors import SourceError
 from trl_diffusion_opd.publishing.card import render_card
@@ -121,21 +120,9 @@ class TestAdapter:
         batch = evaluation_batch(trainer.datasets["brightness"], "brightness", [0, 1], seed=0, column="prompt")
         trainer.grid.prompts.prepare("test", lambda: batch.prompts)
         pictures = trainer.grid.sample_batch(trainer.student_policy, batch)
-        pipe = tiny_pipeline()
-        pipe.set_progress_bar_config(disable=True)
         save_diffusers_lora(tmp_path / "stock", config, state)
-        pipe.load_lora_weights(str(tmp_path / "stock"))
-        expected = StableDiffusion3Pipeline.__call__(
-            pipe,
-            batch.prompts,
-            latents=trainer.sampler.noise(batch.seeds)[0],
-            num_inference_steps=4,
-            guidance_scale=2.0,
-            max_sequence_length=16,
-            height=16,
-            width=16,
-            output_type="pt",
-        ).images
+        noise = trainer.sampler.noise(batch.seeds)[0]
+        expected = stock_images(tmp_path / "stock", batch, noise, num_inference_steps=4)
         torch.testing.assert_close(pictures, expected, rtol=0, atol=1e-5)
 
         trainer.train()
