@@ -113,14 +113,14 @@ def build_transformer(num_layers: int = 4, num_heads: int = 3, head_width: int =
     )
 
 
-def build_pipeline(seed: int = 0) -> StableDiffusion3Pipeline:
-    """The whole pipeline with random weights."""
+def build_pipeline(seed: int = 0, num_layers: int = 4, num_heads: int = 3) -> StableDiffusion3Pipeline:
+    """The whole pipeline with random weights. Of whatever size it is, all but the transformer are the same."""
     tokenizer = build_tokenizer()
     clip, clip_2 = build_clip(len(tokenizer), seed + 1), build_clip(len(tokenizer), seed + 2)
     t5 = build_t5(len(tokenizer), seed + 3)
     torch.manual_seed(seed)
     pipe = StableDiffusion3Pipeline(
-        transformer=build_transformer(),
+        transformer=build_transformer(num_layers, num_heads),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
         vae=build_vae(),
         text_encoder=clip,

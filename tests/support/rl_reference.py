@@ -104,7 +104,7 @@ def grpo_loss(trainer, batch, states, velocities, advantage):
     """Mean over the trained steps, per image, and how many ratios were out of their range."""
     args, sigmas, timesteps = trainer.args, trainer.schedule.sigmas.double().tolist(), trainer.schedule.timesteps
     losses, clipped = [], 0
-    for j in range(len(timesteps) - trainer.skip_last_steps):
+    for j in range(len(timesteps) - trainer.args.skip_last_steps):
         x, following, dt = states[j], states[j + 1], sigmas[j + 1] - sigmas[j]
         v = velocity(trainer, x, timesteps[j], batch.prompts)
         mean, std, rate = grpo_mean_and_std(args, sigmas, j, x, v)
@@ -142,7 +142,7 @@ def train_grpo(trainer, reward, num_steps):
             loss, count = grpo_loss(trainer, batch, states, velocities, advantage)
             useful = advantage != 0
             descend(trainer, loss[useful].sum() / useful.sum())
-            clipped.append(count / (useful.sum().item() * (len(trainer.schedule) - trainer.skip_last_steps)))
+            clipped.append(count / (useful.sum().item() * (len(trainer.schedule) - trainer.args.skip_last_steps)))
     return clipped
 
 
@@ -163,7 +163,7 @@ def nft_loss(trainer, batch, clean, advantage):
     generators = [torch.Generator().manual_seed(seed + 1) for seed in batch.seeds]
     orders = torch.stack([torch.randperm(len(timesteps), generator=g) for g in generators])
     losses = []
-    for j in range(len(timesteps) - trainer.skip_last_steps):
+    for j in range(len(timesteps) - trainer.args.skip_last_steps):
         t, timestep = like(sigmas[orders[:, j]], clean), timesteps[orders[:, j]]
         noise = torch.stack([torch.randn(clean.shape[1:], generator=g) for g in generators]).double()
         x_t = (1 - t) * clean + t * noise

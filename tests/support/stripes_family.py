@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 
 from tests.support.stripes_pipeline import StripesPipeline, StripesTransformer, pack, unpack
-from trl_diffusion_opd.models.family import ModelFamily
+from trl_diffusion_opd.models.family import Defaults, ModelFamily
 from trl_diffusion_opd.models.registry import register_family
 
 
@@ -22,17 +22,14 @@ class Stripes(ModelFamily):
     def collate(self, prompts):
         return {"words": [prompt["words"] for prompt in prompts]}
 
-    def latent_shape(self, pipe, height=None, width=None):
-        return 4, (height or 16) // 2, (width or 16) // 2
+    def defaults(self, configs):
+        return Defaults(8, rollout_steps=4, guidance_scale=3.0, max_sequence_length=32)
 
-    def image_tokens(self, pipe, latent_shape):
-        return latent_shape[1] * latent_shape[2] // 4
+    def default_size(self, pipe):
+        return 16, 16
 
     def decode_batch(self, pipe, latents):
         return pipe.vae.decode(latents / 2).sample
-
-    def sigmas(self, num_steps):
-        return torch.linspace(1, 1 / num_steps, num_steps).tolist()
 
     def predict(self, transformer, sample, timestep, prompt, guidance_scale):
         time, dtype = (1 - timestep / 1000).expand(len(sample)), next(transformer.parameters()).dtype

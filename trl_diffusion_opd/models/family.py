@@ -2,9 +2,11 @@
 """The seam between everything else and one family of text-to-image models."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
@@ -16,8 +18,58 @@ from ..sampling.denoising import Schedule, make_schedule
 # ragged over the batch is a list of tensors.
 Prompt = dict[str, "torch.Tensor | list[torch.Tensor] | None"]
 
+# From the name of a pipeline's component to its config, and from "" to the pipeline's own.
+Configs = Callable[[str], Mapping[str, Any]]
+
+# The attention projections of image and text stream in blocks that join the two.
+JOINT_ATTENTION = [
+    "attn.to_q",
+    "attn.to_k",
+    "attn.to_v",
+    "attn.to_out.0",
+    "attn.add_q_proj",
+    "attn.add_k_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+]
+
 # Four images of 512 x 512 are decoded at once. A VAE takes about 0.8 GB for each, in float32.
 PIXELS_AT_ONCE = 4 * 512 * 512
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """
+    What a model is made for: the settings of runs that do not set them.
+
+    Args:
+        num_inference_steps (`int`):
+            Denoising steps of a finished image.
+        rollout_steps (`int`):
+            Denoising steps of a rollout in training: the model's own for one that takes few steps, so that it goes on
+            taking few.
+        guidance_scale (`float`):
+            Guidance, in which 1 is none (but where guidance is an input of the model).
+        max_sequence_length (`int`):
+            Length of a prompt in tokens.
+        skip_last_steps (`int`, *optional*, defaults to `0`):
+            Number of steps at the end of the schedule that are not worth training.
+    """
+
+    num_inference_steps: int
+    rollout_steps: int
+    guidance_scale: float
+    max_sequence_length: int
+    skip_last_steps: int = 0
+
+    def of_a_run(self) -> dict[str, int | float]:
+        """The settings of a training, by name."""
+        return {
+            "num_inference_steps": self.rollout_steps,
+            "guidance_scale": self.guidance_scale,
+            "max_sequence_length": self.max_sequence_length,
+            "skip_last_steps": self.skip_last_steps,
+        }
 
 
 class ModelFamily(ABC):
@@ -41,10 +93,10 @@ class ModelFamily(ABC):
             Text of the unconditional branch.
         longest_prompt (`int`):
             Largest `max_sequence_length`.
-        skip_last_steps (`int`):
-            Number of steps at the end of the schedule that are not worth training.
         same_transformer (`tuple[str, ...]`), same_vae (`tuple[str, ...]`):
             Fields of the configs that a student and a full-model teacher must share.
+        guidance_info (`str`):
+            What is to be known of its guidance where it is chosen.
         states_per_block (`int`):
             Hidden states that a transformer block keeps for the backward, for the estimate of memory.
     """
@@ -55,10 +107,20 @@ class ModelFamily(ABC):
     text_encoders: tuple[str, ...]
     negative_prompt: str = ""
     longest_prompt: int = 512
-    skip_last_steps: int = 0
     same_transformer: tuple[str, ...] = ("in_channels",)
     same_vae: tuple[str, ...] = ("latent_channels",)
+    guidance_info: str = "Up to 1: none"
     states_per_block: int = 20
+
+    # Settings
+
+    @abstractmethod
+    def defaults(self, configs: Configs) -> Defaults:
+        """What a model of the family is made for, told by its configs alone."""
+
+    def lora_options(self, transformer: Mapping[str, Any]) -> dict[str, Any]:
+        """Where a LoRA goes by default: fields of [`~peft.LoraConfig`], for a transformer of this config."""
+        return {"target_modules": self.lora_targets}
 
     # Text
 
@@ -78,7 +140,10 @@ class ModelFamily(ABC):
 
     # Latents
 
-    @abstractmethod
+    def channels(self, pipe: DiffusionPipeline) -> int:
+        """Channels of the latents."""
+        return pipe.transformer.config.in_channels
+
     def latent_shape(
         self, pipe: DiffusionPipeline, height: int | None = None, width: int | None = None
     ) -> tuple[int, int, int]:
@@ -88,18 +153,30 @@ class ModelFamily(ABC):
         Raises:
             `ValueError`: a size in pixels that the model cannot draw.
         """
+        default, multiple = self.default_size(pipe), 2 * pipe.vae_scale_factor
+        size = {"height": height or default[0], "width": width or default[1]}
+        for name, pixels in size.items():
+            if pixels % multiple:
+                raise ValueError(
+                    f"`{name}` must be a multiple of {multiple} (VAE factor x patch size), but is {pixels}. Use "
+                    f"{max(1, round(pixels / multiple)) * multiple}."
+                )
+        factor = self.pixels_per_latent(pipe)
+        return self.channels(pipe), size["height"] // factor, size["width"] // factor
 
     def default_size(self, pipe: DiffusionPipeline) -> tuple[int, int]:
         """Height and width in pixels of the images that the model draws if it is not told."""
-        return self.image_size(pipe, self.latent_shape(pipe))
+        edge = pipe.default_sample_size * pipe.vae_scale_factor
+        return edge, edge
 
     def pixels_per_latent(self, pipe: DiffusionPipeline) -> int:
         """Pixels along an edge of a latent."""
         return pipe.vae_scale_factor
 
-    @abstractmethod
     def image_tokens(self, pipe: DiffusionPipeline, latent_shape: tuple[int, int, int]) -> int:
-        """Number of image tokens that the transformer sees."""
+        """Number of image tokens that the transformer sees: one for 2 x 2 latents of the VAE."""
+        height, width = self.image_size(pipe, latent_shape)
+        return height * width // (2 * pipe.vae_scale_factor) ** 2
 
     def image_size(self, pipe: DiffusionPipeline, latent_shape: tuple[int, int, int]) -> tuple[int, int]:
         """Height and width in pixels of an image with these latents."""
@@ -114,9 +191,10 @@ class ModelFamily(ABC):
         number = max(1, PIXELS_AT_ONCE // (height * width))
         return torch.cat([self.decode_batch(pipe, part) for part in latents.split(number)])
 
-    @abstractmethod
     def decode_batch(self, pipe: DiffusionPipeline, latents: torch.Tensor) -> torch.Tensor:
         """Decodes latents `[B, C, H, W]` to images `[B, 3, H', W']` in `[-1, 1]`, all at once."""
+        latents = (latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor).to(pipe.vae.dtype)
+        return pipe.vae.decode(latents, return_dict=False)[0]
 
     def decoding_bytes(self, vae: nn.Module, num_pixels: int) -> int:
         """The peak of what the VAE keeps while it decodes so many pixels: three hidden states of its second level."""
@@ -125,12 +203,16 @@ class ModelFamily(ABC):
     # Schedule
 
     def sigmas(self, num_steps: int) -> list[float] | None:
-        """Noise levels before the scheduler's shift; `None` for the scheduler's own."""
-        return None
+        """Noise levels before the scheduler's shift, by default from 1 to `1 / N`; `None` for the scheduler's own."""
+        return np.linspace(1.0, 1 / num_steps, num_steps).tolist()
 
     def mu(self, pipe: DiffusionPipeline, image_tokens: int, num_steps: int) -> float | None:
-        """The shift of a scheduler with `use_dynamic_shifting`; `None` for a static one."""
-        return None
+        """The shift of a scheduler with `use_dynamic_shifting`, by default linear in the tokens; `None` for a static one."""
+        config = pipe.scheduler.config
+        if not config.get("use_dynamic_shifting"):
+            return None
+        slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+        return image_tokens * slope + (config.base_shift - slope * config.base_image_seq_len)
 
     def schedule(self, pipe: DiffusionPipeline, num_steps: int, latent_shape: tuple[int, int, int]) -> Schedule:
         """The noise levels of a rollout of `num_steps`, those that the stock pipeline visits."""
@@ -205,5 +287,10 @@ class ModelFamily(ABC):
     def blocks(self, transformer: nn.Module) -> tuple[int, int]:
         """Number of transformer blocks and their width."""
 
-    def check(self, pipe: DiffusionPipeline, guidance_scale: float) -> None:  # noqa: B027 (most models take all)
-        """Raises a `ValueError` for settings that the model would silently ignore."""
+    def check_guidance(self, configs: Configs, guidance_scale: float) -> None:  # noqa: B027 (most models take all)
+        """Raises a `ValueError` for a guidance that the stock pipeline would silently ignore."""
+
+
+def widened(velocity: torch.Tensor) -> torch.Tensor:
+    """In float32 at least."""
+    return velocity.to(torch.promote_types(velocity.dtype, torch.float32))

@@ -20,12 +20,13 @@ from ..hub.errors import SourceError, hub_errors
 from ..hub.locations import Origin, parse_source
 from ..hub.options import check_init_kwargs
 from ..lora.options import check_options
-from .family import ModelFamily
+from .family import Configs, ModelFamily
 from .registry import family_named, family_of
 
 
 STUDENT = "default"  # the only adapter name that diffusers' LoRA metadata helpers know
 INDEX = "model_index.json"
+CONFIG_FILES = {"scheduler": "scheduler_config.json"}
 
 
 def check_pipeline(
@@ -161,11 +162,12 @@ def sizes(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if isinstance(value, int | float)}
 
 
-def read_transformer_sizes(
+def read_configs(
     model: str | Path | DiffusionPipeline, origin: Origin, init_kwargs: dict[str, Any] | None = None
-) -> dict[str, Any]:
+) -> Configs:
     """
-    The [`sizes`] of a pipeline's transformer, read without loading it; none if there is no config to be read.
+    The configs of a pipeline and its components, each read when it is asked for, without loading anything large. One
+    that is damaged is empty: loading it will tell why.
 
     Args:
         model (`str`, `Path` or [`~diffusers.DiffusionPipeline`]), init_kwargs (`dict`, *optional*):
@@ -173,19 +175,26 @@ def read_transformer_sizes(
         origin ([`Origin`]):
             What [`check_pipeline`] returned.
     """
-    if isinstance(model, DiffusionPipeline):
-        return sizes(model.transformer.config)
-    if "transformer" in (init_kwargs or {}):  # in the place of the pipeline's own
-        return sizes(getattr(init_kwargs["transformer"], "config", {}))
-    source, name = parse_source(model, kind="model"), "transformer/config.json"
-    if source.path is None:
-        file = fetch(parse_source(origin.name), name, "model", commit=origin.commit, **_access(init_kwargs or {})).path
-    else:
-        file = source.path / name
-    try:
-        return sizes(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, AttributeError):
-        return {}  # loading it will tell why
+    init_kwargs = init_kwargs or {}
+
+    def read(component: str) -> Mapping[str, Any]:
+        if component in init_kwargs:  # in the place of the pipeline's own
+            return getattr(init_kwargs[component], "config", {})
+        if isinstance(model, DiffusionPipeline):
+            return getattr(model, component).config if component else model.config
+        source = parse_source(model, kind="model")
+        name = f"{component}/{CONFIG_FILES.get(component, 'config.json')}" if component else INDEX
+        if source.path is None:
+            access = _access(init_kwargs)
+            file = fetch(parse_source(origin.name), name, "model", commit=origin.commit, **access).path
+        else:
+            file = source.path / name
+        try:
+            return dict(json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return {}
+
+    return read
 
 
 def fetch_pipeline(origin: Origin, family: ModelFamily, init_kwargs: dict[str, Any], *, owner: str = "model") -> Path:
@@ -243,19 +252,25 @@ def default_lora(target_modules: str | list[str] | None = None, **overrides: Any
     return LoraConfig(**{**settings, **overrides})
 
 
-def student_config(peft_config: LoraConfig | dict[str, Any] | None, family: ModelFamily) -> LoraConfig:
+def student_config(
+    peft_config: LoraConfig | dict[str, Any] | None, family: ModelFamily, transformer: Mapping[str, Any]
+) -> LoraConfig:
     """
     The student's LoRA.
 
     Args:
         peft_config (`LoraConfig` or `dict`, *optional*):
-            The LoRA, or the fields in which it differs from [`default_lora`] on the family's targets, the default.
+            The LoRA, or the fields in which it differs from [`default_lora`] where the family has it, the default.
         family ([`ModelFamily`]):
             Family of the base.
+        transformer (`Mapping`):
+            Config of its transformer.
     """
     if isinstance(peft_config, LoraConfig):
         return peft_config
-    return default_lora(**{"target_modules": family.lora_targets, **(peft_config or {})})
+    options = peft_config or {}
+    where = {} if "target_modules" in options else family.lora_options(transformer)
+    return default_lora(**{**where, **options})
 
 
 def add_student(transformer: nn.Module, peft_config: LoraConfig) -> dict[str, nn.Parameter]:

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 FAMILIES: "dict[str, str | ModelFamily]" = {
     "StableDiffusion3Pipeline": "sd3:StableDiffusion3",
     "StableDiffusion3SDEPipeline": "sd3:StableDiffusion3",
+    "ZImagePipeline": "zimage:ZImage",
+    "Flux2KleinPipeline": "flux2_klein:Flux2Klein",
+    "FluxPipeline": "flux:Flux",
+    "QwenImagePipeline": "qwen_image:QwenImage",
 }
 DEFAULT_PIPELINE = next(iter(FAMILIES))
 

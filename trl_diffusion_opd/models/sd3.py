@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stable Diffusion 3 and 3.5: all that is particular to them."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
-from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from torch import nn
 
-from .family import ModelFamily, Prompt
+from .family import JOINT_ATTENTION, Configs, Defaults, ModelFamily, Prompt, widened
 
 
 class StableDiffusion3(ModelFamily):
@@ -18,23 +16,16 @@ class StableDiffusion3(ModelFamily):
 
     pipeline_class = StableDiffusion3Pipeline
     transformer_class = SD3Transformer2DModel
-    # The attention projections of image and text stream: what the published teachers were trained on.
-    lora_targets = [
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-    ]
+    lora_targets = JOINT_ATTENTION  # what the published teachers were trained on
     text_encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
     longest_prompt = 512
-    skip_last_steps = 1  # the scheduler shifts its smallest sigma twice: the last step moves next to nothing
     same_transformer = ("in_channels", "out_channels", "joint_attention_dim", "pooled_projection_dim")
     same_vae = ("latent_channels", "scaling_factor", "shift_factor")
     states_per_block = 20
+
+    def defaults(self, configs: Configs) -> Defaults:
+        # The scheduler shifts its smallest sigma twice: the last step moves next to nothing.
+        return Defaults(40, rollout_steps=10, guidance_scale=4.5, max_sequence_length=128, skip_last_steps=1)
 
     def encode(
         self,
@@ -58,46 +49,18 @@ class StableDiffusion3(ModelFamily):
     def text_tokens(self, pipe: StableDiffusion3Pipeline, max_sequence_length: int) -> int:
         return pipe.tokenizer_max_length + max_sequence_length
 
-    def default_size(self, pipe: StableDiffusion3Pipeline) -> tuple[int, int]:
-        edge = pipe.default_sample_size * pipe.vae_scale_factor
-        return edge, edge
-
     def latent_shape(
         self, pipe: StableDiffusion3Pipeline, height: int | None = None, width: int | None = None
     ) -> tuple[int, int, int]:
-        default = self.default_size(pipe)
-        multiple = pipe.vae_scale_factor * pipe.patch_size
-        size = {"height": height or default[0], "width": width or default[1]}
-        for name, pixels in size.items():
-            if pixels % multiple:
-                raise ValueError(
-                    f"`{name}` must be a multiple of {multiple} (VAE factor x patch size), but is {pixels}. Use "
-                    f"{max(1, round(pixels / multiple)) * multiple}."
-                )
-            if pixels // multiple > pipe.transformer.config.pos_embed_max_size:
-                most = pipe.transformer.config.pos_embed_max_size * multiple
+        shape = super().latent_shape(pipe, height, width)
+        most = pipe.transformer.config.pos_embed_max_size * pipe.patch_size * pipe.vae_scale_factor
+        for name, pixels in zip(("height", "width"), self.image_size(pipe, shape), strict=True):
+            if pixels > most:
                 raise ValueError(f"`{name}` must be at most {most} for this model, but is {pixels}.")
-        channels = pipe.transformer.config.in_channels
-        return channels, size["height"] // pipe.vae_scale_factor, size["width"] // pipe.vae_scale_factor
+        return shape
 
-    def image_tokens(self, pipe: StableDiffusion3Pipeline, latent_shape: tuple[int, int, int]) -> int:
-        return math.prod(latent_shape[1:]) // pipe.patch_size**2
-
-    def decode_batch(self, pipe: StableDiffusion3Pipeline, latents: torch.Tensor) -> torch.Tensor:
-        latents = (latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor).to(pipe.vae.dtype)
-        return pipe.vae.decode(latents, return_dict=False)[0]
-
-    def mu(self, pipe: StableDiffusion3Pipeline, image_tokens: int, num_steps: int) -> float | None:
-        config = pipe.scheduler.config
-        if not config.get("use_dynamic_shifting"):
-            return None
-        return calculate_shift(
-            image_tokens,
-            config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5),
-            config.get("max_shift", 1.16),
-        )
+    def sigmas(self, num_steps: int) -> None:
+        return None
 
     def predict(
         self,
@@ -125,7 +88,7 @@ class StableDiffusion3(ModelFamily):
             return_dict=False,
             **kwargs,
         )[0]
-        return output.to(torch.promote_types(output.dtype, torch.float32))
+        return widened(output)
 
     def velocity(
         self,

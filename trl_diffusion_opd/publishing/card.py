@@ -82,9 +82,9 @@ def front_matter(record: RunRecord, title: str, datasets: list[str], tags: list[
     )
 
 
-def _python(text: str) -> str:
-    """A text as Python writes it, between double quotes."""
-    return json.dumps(text, ensure_ascii=False)
+def _python(value: str | int | float) -> str:
+    """A text or a number as Python writes it, texts between double quotes."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _listed(value: str | list[str] | None) -> list[str]:

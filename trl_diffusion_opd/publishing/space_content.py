@@ -10,14 +10,14 @@ from typing import Any
 from ..hub.download import fetch
 from ..hub.errors import SourceError, hub_errors, retried
 from ..hub.locations import DIFFUSERS_WEIGHT_NAME, PEFT_CONFIG_NAME, PEFT_WEIGHT_NAME, Origin, Source, parse_source
+from ..models.family import Configs, ModelFamily
+from ..models.loading import read_configs
 from ..models.registry import DEFAULT_PIPELINE, FAMILIES, family_named
 from .record import RECORD_FILE, RunRecord
 
 
 CARD_FILE = "README.md"
 EXAMPLES_PER_TASK = 4
-# For a LoRA that does not say how it is meant to be sampled.
-DEFAULTS = {"num_inference_steps": 28, "guidance_scale": 4.5}
 
 
 @dataclass
@@ -37,7 +37,8 @@ class SpaceContent:
         defaults (`dict`):
             `num_inference_steps`, `guidance_scale` (where 1 is none), and other arguments for the pipeline's call.
         guidance (`dict`):
-            What the pipeline calls guidance: its `argument`, which is `guidance_scale` plus an `offset`.
+            How the pipeline is told: the `argument`, which is `guidance_scale` plus an `offset`, `info` about it, and
+            whether it is `fixed`.
         dtype (`str`):
             Precision on a GPU.
     """
@@ -89,10 +90,17 @@ def gather(
         if teacher.path is not None:
             lora_files(teacher.path, f"teacher {task!r}")
     base_source, pipeline_class = _find_base(base, student, record, card, token)
-    guidance = _guidance(pipeline_class)
+    family = family_named(pipeline_class)
+    access = {"token": token} if token else None
+    configs = read_configs(base_source.path or str(base_source), Origin.of_source(base_source, None), access)
+    guidance, extra = _guidance(family, configs)
     inference.pop(guidance["argument"], None)
     if record is not None:
         inference["guidance_scale"] = record.guidance_scale
+    else:
+        defaults = family.defaults(configs)
+        names = ("num_inference_steps", "guidance_scale", "max_sequence_length")
+        inference = {name: getattr(defaults, name) for name in names}
     name = source.repo_id or source.path.resolve().name
     return SpaceContent(
         title=title or (record.name if record else name.split("/")[-1]),
@@ -101,7 +109,7 @@ def gather(
         base=base_source,
         teachers=sources,
         prompts=_examples(record, card) if prompts is None else prompts,
-        defaults=DEFAULTS | inference,
+        defaults=extra | inference,
         guidance=guidance,
         dtype=record.dtype if record else "bfloat16",
     )
@@ -211,11 +219,17 @@ def _find_base(
     return (source if commit is None else replace(source, revision=commit)), pipeline_class
 
 
-def _guidance(pipeline_class: str) -> dict[str, Any]:
-    """What a pipeline calls guidance, and what it adds to our scale, in which 1 is none."""
-    none, some = (family_named(pipeline_class).call_arguments(scale, 1) for scale in (1.0, 2.0))
+def _guidance(family: ModelFamily, configs: Configs) -> tuple[dict[str, Any], dict[str, Any]]:
+    """How a pipeline is told our guidance scale, in which 1 is none; and what else its call needs for it."""
+    none, some = (family.call_arguments(scale, 1) for scale in (1.0, 2.0))
     [argument] = [name for name in none if none[name] != some[name]]
-    return {"argument": argument, "offset": none[argument] - 1.0}
+    try:
+        family.check_guidance(configs, 2.0)
+        fixed = False
+    except ValueError:
+        fixed = True
+    guidance = {"argument": argument, "offset": none[argument] - 1.0, "info": family.guidance_info, "fixed": fixed}
+    return guidance, {name: value for name, value in some.items() if name not in none}
 
 
 def _check_pipeline(name: str | None, base: str | Path) -> None:

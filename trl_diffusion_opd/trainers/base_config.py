@@ -39,21 +39,24 @@ class DiffusionConfig(_BaseConfig):
             Height of the images in pixels. Defaults to the pipeline's own.
         width (`int`, *optional*):
             Width of the images in pixels. Defaults to the pipeline's own.
-        num_inference_steps (`int`, *optional*, defaults to `10`):
-            Number of denoising steps of the student's rollout.
-        guidance_scale (`float`, *optional*, defaults to `4.5`):
-            Classifier-free guidance of the student, and of teachers that do not set their own. The guided velocity is
-            the one that is trained. The unconditional branch runs only above 1.
+        num_inference_steps (`int`, *optional*):
+            Number of denoising steps of the student's rollout. Defaults to 10, as published, or for models that take
+            fewer steps, as Z-Image-Turbo (8) and the distilled FLUX.2-klein (4), to theirs.
+        guidance_scale (`float`, *optional*):
+            Classifier-free guidance of the student, and of teachers that do not set their own, where 1 is none: `w` in
+            `v_neg + w (v_pos - v_neg)`. The guided velocity is the one that is trained. The unconditional branch runs
+            only above 1. Defaults to what the base is made for: 4.5 for Stable Diffusion 3.5, 1 for distilled models.
         solver (`str`, *optional*, defaults to `"flow"`):
             Sampler of the rollout: `"flow"`, `"dance"`, `"cps"`, `"ddim"`, `"dpm1"` or `"dpm2"`.
         noise_level (`float`, *optional*, defaults to `0.0`):
             Scale `a` of the noise injected at each step. 0 samples the ODE and trains with mean matching (Eq. 12);
             above 0 the SDE is sampled and the closed-form KL divergence is trained (Eq. 11).
         skip_last_steps (`int`, *optional*):
-            Number of steps at the end of the rollout that are not trained. Defaults to the model family's: 1 where the
-            last step of the schedule moves next to nothing, as that of Stable Diffusion 3.5.
-        max_sequence_length (`int`, *optional*, defaults to `128`):
-            Length of a prompt in tokens.
+            Number of steps at the end of the rollout that are not trained. Defaults to 1 where the last step of the
+            schedule moves next to nothing, as with Stable Diffusion 3.5 and Qwen-Image, and else to 0.
+        max_sequence_length (`int`, *optional*):
+            Length of a prompt in tokens. Defaults to what the base is made for: 128 for Stable Diffusion 3.5, 512 for
+            most others, some of which attend to the padding.
 
         > Parameters that control the tasks
 
@@ -164,6 +167,8 @@ class DiffusionConfig(_BaseConfig):
         "width": Rule(lambda value: value > 0, "positive (or unset)"),
     }
 
+    uses_guidance = True  # unless it is set
+
     # Parameters whose default values are overridden from TrainingArguments
     learning_rate: float = field(default=3e-4, metadata={"help": "The initial learning rate for AdamW."})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "The learning rate schedule."})
@@ -211,14 +216,18 @@ class DiffusionConfig(_BaseConfig):
     width: int | None = field(
         default=None, metadata={"help": "Width of the images in pixels. Defaults to the pipeline's own."}
     )
-    num_inference_steps: int = field(
-        default=10, metadata={"help": "Number of denoising steps of the student's rollout."}
-    )
-    guidance_scale: float = field(
-        default=4.5,
+    num_inference_steps: int | None = field(
+        default=None,
         metadata={
-            "help": "Classifier-free guidance of the student, and of teachers that do not set their own. The guided "
-            "velocity is the one that is trained. The unconditional branch runs only above 1."
+            "help": "Number of denoising steps of the student's rollout. Defaults to 10, or the few that the base takes."
+        },
+    )
+    guidance_scale: float | None = field(
+        default=None,
+        metadata={
+            "help": "Classifier-free guidance of the student, and of teachers that do not set their own, where 1 is "
+            "none. The guided velocity is the one that is trained. The unconditional branch runs only above 1. Defaults "
+            "to what the base is made for."
         },
     )
     solver: str = field(default="flow", metadata={"help": f"Sampler of the rollout, one of {', '.join(SOLVERS)}."})
@@ -232,10 +241,13 @@ class DiffusionConfig(_BaseConfig):
     skip_last_steps: int | None = field(
         default=None,
         metadata={
-            "help": "Number of steps at the end of the rollout that are not trained. Defaults to the model family's."
+            "help": "Number of steps at the end of the rollout that are not trained. Defaults to what suits the base."
         },
     )
-    max_sequence_length: int = field(default=128, metadata={"help": "Length of a prompt in tokens."})
+    max_sequence_length: int | None = field(
+        default=None,
+        metadata={"help": "Length of a prompt in tokens. Defaults to what the base is made for."},
+    )
 
     # Parameters that control the tasks
     task_weights: dict[str, int] | str | None = field(
@@ -332,15 +344,17 @@ class DiffusionConfig(_BaseConfig):
         check_processes(self.world_size)
         check_solver(self.solver, self.noise_level)
         check_solver(self.solver, self.eval_noise_level)
+        skipped, steps = self.skip_last_steps, self.num_inference_steps
+        self._check("skip_last_steps", skipped is None or skipped >= 0, "at least 0 (or unset)")
         self._check(
             "skip_last_steps",
-            self.skip_last_steps is None or 0 <= self.skip_last_steps < self.num_inference_steps,
-            f"from 0 to num_inference_steps - 1 = {self.num_inference_steps - 1}, so that a step is left to train",
+            skipped is None or steps is None or skipped < steps,
+            f"from 0 to num_inference_steps - 1 = {(steps or 0) - 1}, so that a step is left to train",
         )
         self._check(
             "eval_num_inference_steps",
-            self.eval_num_inference_steps is None or self.eval_num_inference_steps > (self.skip_last_steps or 0),
-            f"more than skip_last_steps = {self.skip_last_steps or 0} (or unset)",
+            self.eval_num_inference_steps is None or self.eval_num_inference_steps > (skipped or 0),
+            f"more than skip_last_steps = {skipped or 0} (or unset)",
         )
         for name in ("task_weights", "model_init_kwargs"):
             value = getattr(self, name)

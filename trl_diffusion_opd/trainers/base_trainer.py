@@ -29,7 +29,7 @@ from ..models.loading import (
     add_student,
     check_pipeline,
     load_pipeline,
-    read_transformer_sizes,
+    read_configs,
     sizes,
     student_config,
 )
@@ -39,7 +39,7 @@ from ..publishing.record import RunRecord
 from ..rewards.functions import RewardFunc, check_columns, normalize_reward_funcs
 from .base_config import DiffusionConfig
 from .checkpoints import check_sources
-from .checks import check_family_settings
+from .checks import resolve_family_settings
 from .disk import check_disk
 from .evaluating_trainer import EvaluatingTrainer
 from .method_plan import MethodPlan
@@ -89,7 +89,11 @@ class DiffusionTrainer(EvaluatingTrainer):
         if args.push_to_hub and args.process_index == 0:
             args.hub_model_id = check_destination(args)
         self.base_origin, self.family = check_pipeline(model, args.model_init_kwargs)
-        self.skip_last_steps = check_family_settings(args, self.family)
+        self.configs = read_configs(model, self.base_origin, args.model_init_kwargs)
+        self.defaults = self.family.defaults(self.configs)
+        resolve_family_settings(args, self.family, self.defaults)
+        for scale in {args.guidance_scale, args.eval_guidance_scale} - {None}:
+            self.family.check_guidance(self.configs, scale)
         self.check_method(args)
         self._load_prompts(args, train_dataset, eval_dataset, tasks, reward_funcs or {}, num_generations)
 
@@ -150,13 +154,13 @@ class DiffusionTrainer(EvaluatingTrainer):
             start, self.adapter_origin = load_lora(adapter, owner=f"adapter {str(adapter)!r}")
         if peft_config is None and start is not None:
             peft_config = start.config
-        peft_config = student_config(peft_config, self.family)
-        self.check_start(args, self.datasets, peft_config, {"skip_last_steps": self.family.skip_last_steps})
+        transformer_config = self.configs("transformer")
+        peft_config = student_config(peft_config, self.family, transformer_config)
+        self.check_start(args, self.datasets, peft_config)
         self.fetch_models()
         self.sources = self.known_sources(args)
         if self.first_checkpoint is not None:
-            base = read_transformer_sizes(model, self.base_origin, args.model_init_kwargs)
-            check_sources(self.first_checkpoint, {**self.sources, "base": base})
+            check_sources(self.first_checkpoint, {**self.sources, "base": sizes(transformer_config)})
         set_seed(args.seed)
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
         self.pipeline = load_pipeline(
@@ -169,8 +173,6 @@ class DiffusionTrainer(EvaluatingTrainer):
         self.transformer = self.pipeline.transformer
         self.sources["base"] = sizes(self.transformer.config)
         self.latent_shape = self.family.latent_shape(self.pipeline, args.height, args.width)
-        for scale in {args.guidance_scale, args.eval_guidance_scale} - {None}:
-            self.family.check(self.pipeline, scale)
         parameters = add_student(self.transformer, peft_config)
         if start is not None:
             load_lora_into(self.transformer, start)

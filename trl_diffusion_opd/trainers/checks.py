@@ -1,31 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of which only the base model's family knows whether they are right."""
+"""Settings of which only the base model's family knows what they are, and whether they are right."""
 
-from ..models.family import ModelFamily
+from ..models.family import Defaults, ModelFamily
 from .base_config import DiffusionConfig
 
 
-def check_family_settings(args: DiffusionConfig, family: ModelFamily) -> int:
+def resolve_family_settings(args: DiffusionConfig, family: ModelFamily, defaults: Defaults) -> None:
     """
-    Checks settings against the family of the base, which need not be loaded.
+    Sets what is not set to what the base is made for, and checks it. The base need not be loaded.
 
-    Returns:
-        `int`: the number of steps at the end of a rollout that are not trained, by default the family's.
+    Args:
+        args ([`DiffusionConfig`]):
+            Settings of the run, which are changed.
+        family ([`ModelFamily`]), defaults ([`Defaults`]):
+            Of the base.
 
     Raises:
         `ValueError`: no step is left to train, or a prompt is longer than the model takes.
     """
-    skipped = family.skip_last_steps if args.skip_last_steps is None else args.skip_last_steps
+    settings = defaults.of_a_run()
+    if not args.uses_guidance and family.needs_negative(defaults.guidance_scale):
+        settings["guidance_scale"] = 1.0
+    for name, value in settings.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     for name in ("num_inference_steps", "eval_num_inference_steps"):
         steps = getattr(args, name)
-        if steps is not None and steps <= skipped:
+        if steps is not None and steps <= args.skip_last_steps:
             raise ValueError(
-                f"`{name}` must be more than skip_last_steps = {skipped}, so that a step is left to train, but is "
-                f"{steps}. Raise it, or set `skip_last_steps=0`."
+                f"`{name}` must be more than skip_last_steps = {args.skip_last_steps}, so that a step is left to train, "
+                f"but is {steps}. Raise it, or set `skip_last_steps=0`."
             )
     if args.max_sequence_length > family.longest_prompt:
         raise ValueError(
             f"`max_sequence_length` must be at most {family.longest_prompt} for this model, but is "
             f"{args.max_sequence_length}."
         )
-    return skipped

@@ -145,10 +145,10 @@ class FlowGRPOTrainer(RLTrainer):
 
     @property
     def kept_latents(self) -> int:
-        return 3 * (len(self.schedule) - self.skip_last_steps)
+        return 3 * (len(self.schedule) - self.args.skip_last_steps)
 
     def check_method(self, args: FlowGRPOConfig) -> None:
-        if SOLVERS[args.solver].last_step_is_noiseless and self.skip_last_steps == 0:
+        if SOLVERS[args.solver].last_step_is_noiseless and self.args.skip_last_steps == 0:
             raise ValueError(
                 f"`skip_last_steps` is 0 for this model, but the last step of `solver={args.solver!r}` has no noise and "
                 "hence no probability. Set it to 1 at least."
@@ -165,7 +165,7 @@ class FlowGRPOTrainer(RLTrainer):
         for step in self.sampler.rollout(
             policy, conditioning, batch.seeds, self.schedule, solver=args.solver, noise_level=args.noise_level
         ):
-            if step.index < len(self.schedule) - self.skip_last_steps:
+            if step.index < len(self.schedule) - self.args.skip_last_steps:
                 std, coefficient = step.transition.std, step.transition.coefficient
                 drawn = (step.next_sample - step.transition.mean) / std
                 visited.append(VisitedStep(step.sample, step.velocity, drawn, std, coefficient))

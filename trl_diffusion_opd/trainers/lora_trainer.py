@@ -98,9 +98,7 @@ class LoraTrainer(PushMixin, _BaseTrainer):
 
     # The run
 
-    def check_start(
-        self, args: Any, datasets: Mapping[str, Any], lora: LoraConfig, defaults: Mapping[str, Any]
-    ) -> None:
+    def check_start(self, args: Any, datasets: Mapping[str, Any], lora: LoraConfig) -> None:
         """
         Checks what can be checked of the run's folder, and of the checkpoint that `args.resume_from_checkpoint` names, as
         long as nothing is loaded. Notes what defines the course of the run.
@@ -112,14 +110,12 @@ class LoraTrainer(PushMixin, _BaseTrainer):
                 Prompts of each task.
             lora ([`~peft.LoraConfig`]):
                 The student's LoRA.
-            defaults (`dict`):
-                What settings stand for that are not set.
 
         Raises:
             `OSError`: another run writes there.
             `ResumeError`: the run cannot be resumed from the checkpoint.
         """
-        self.trajectory = describe_trajectory(datasets, args, defaults)
+        self.trajectory = describe_trajectory(datasets, args)
         self.first_checkpoint, self.first_step = None, 0
         if args.resume_from_checkpoint is None:
             return

@@ -29,7 +29,8 @@ class DiffusionNFTConfig(RLConfig):
     > [!NOTE]
     > These parameters have default values different from [`DiffusionConfig`]:
     > - `solver`: Defaults to `"dpm2"` instead of `"flow"`.
-    > - `guidance_scale`: Defaults to `1.0` instead of `4.5`: neither drawing nor training uses guidance.
+    > - `guidance_scale`: Defaults to `1.0`, as neither drawing nor training uses guidance, instead of the model's own; for
+    >   a model that has it as an input, as FLUX.1-dev, to the model's own too.
     > - `ema_decay`: Defaults to `0.9` instead of `None`.
     > - `ema_update_every`: Defaults to `1` instead of `8`.
     """
@@ -43,7 +44,11 @@ class DiffusionNFTConfig(RLConfig):
     }
 
     solver: str = field(default="dpm2", metadata={"help": "Sampler of the rollout, deterministic."})
-    guidance_scale: float = field(default=1.0, metadata={"help": "Classifier-free guidance of the student."})
+    uses_guidance = False
+    guidance_scale: float | None = field(
+        default=None,
+        metadata={"help": "Classifier-free guidance of the student. Defaults to none, which is 1.0."},
+    )
     noise_level: float = field(
         default=0.0, metadata={"help": "Scale of the noise injected at each step of the rollout."}
     )

@@ -102,7 +102,7 @@ class DiffusionNFTTrainer(RLTrainer):
         # Every image visits the noise levels in an order of its own, with fresh noise at each.
         generators = [torch.Generator().manual_seed(seed + 1) for seed in experience.batch.seeds]
         orders = torch.stack([torch.randperm(len(self.schedule), generator=g) for g in generators])
-        num_levels = len(self.schedule) - self.skip_last_steps
+        num_levels = len(self.schedule) - self.args.skip_last_steps
         metrics = {"loss": [], "kl": []}
         for index in range(num_levels):
             sigma = self.schedule.sigmas[orders[:, index]].to(clean.device)

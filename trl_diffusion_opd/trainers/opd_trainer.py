@@ -134,6 +134,9 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         check_tasks(self._teacher_configs, tasks)
 
     def fetch_models(self) -> None:
+        for config in self._teacher_configs.values():
+            if config.guidance_scale is not None:
+                self.family.check_guidance(self.configs, config.guidance_scale)
         self._teacher_files = fetch_teachers(self._teacher_configs)
 
     def add_models(self, args: DiffusionOPDConfig) -> None:
@@ -146,8 +149,6 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             files=self._teacher_files,
             show_progress=args.process_index == 0 and not args.disable_tqdm,
         )
-        for teacher in self.loaded_teachers.values():
-            self.family.check(self.pipeline, teacher.guidance_scale)
         self.teachers = {
             task: Policy(
                 f"teacher {task}",
@@ -201,7 +202,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         """One (micro-)round of Algorithm 1: every task's batch is rolled out and distilled, in a single pass."""
         self.prepare_prompts(self.state.global_step)
         batches = self.rounds.batches(self.state.global_step, micro_round)
-        num_steps = len(self.schedule) - self.skip_last_steps
+        num_steps = len(self.schedule) - self.args.skip_last_steps
         loss_weight = 1 / (len(batches) * num_steps * self.current_gradient_accumulation_steps)
         divergences = torch.stack(
             [
@@ -263,7 +264,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Adds `kl`, the mean divergence from the task's teacher over the steps that are trained."""
         teacher = self.teachers[batch.task]
-        num_steps = len(self.eval_schedule) - self.skip_last_steps
+        num_steps = len(self.eval_schedule) - self.args.skip_last_steps
         divergences = []
         for step in self.evaluator.rollout(policy, conditioning, batch.seeds):
             if step.index < num_steps:

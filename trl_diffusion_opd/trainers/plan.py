@@ -23,7 +23,7 @@ def describe_plan(trainer: DiffusionTrainer) -> str:
     if rounds < 0:
         rounds = math.ceil(args.num_train_epochs * per_epoch)
     processes = args.world_size
-    trained = len(trainer.schedule) - trainer.skip_last_steps
+    trained = len(trainer.schedule) - trainer.args.skip_last_steps
     height, width = family.image_size(pipe, trainer.latent_shape)
     rank = trainer.transformer.peft_config[STUDENT].r
     method = trainer.plan()

@@ -21,7 +21,7 @@ from ..hub.licenses import License
 from ..hub.locations import Origin
 from ..lora.adapters import has_no_effect
 from ..lora.ema import StudentEMA
-from ..models.family import ModelFamily
+from ..models.family import Defaults, ModelFamily
 from ..models.loading import STUDENT, default_lora
 from ..models.sampler import Policy
 from ..publishing.card_sections import link
@@ -59,6 +59,7 @@ class RecordedRun(Protocol):
     paper: dict[str, str]
     hub_model_id: str | None
     family: ModelFamily
+    defaults: Defaults
     pipeline: DiffusionPipeline
     transformer: nn.Module
     ema: StudentEMA | None
@@ -109,7 +110,7 @@ def record_run(run: RecordedRun) -> RunRecord:
         guidance_scale=run.student_policy.guidance_scale,
         pipeline_class=run.family.pipeline_class.__name__,
         dtype="bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
-        settings={**changed_settings(args), **lora_settings(run.transformer.peft_config[STUDENT])},
+        settings={**changed_settings(args, run.defaults), **lora_settings(run.transformer.peft_config[STUDENT])},
         rounds=state.global_step,
         planned_rounds=max(0, state.max_steps or args.max_steps),
         images_per_round=run.rounds.prompts_per_round * args.world_size,
@@ -146,18 +147,22 @@ def resume_record(run: RecordedRun, checkpoint: str | Path) -> None:
     outcome.gallery, outcome.grid, outcome.curves = record.gallery, record.grid, record.curves
 
 
-def changed_settings(args: TrainingArguments) -> dict[str, Any]:
-    """The settings that differ from the defaults that all trainers share, without those that name a machine."""
+def changed_settings(args: TrainingArguments, of_base: Defaults) -> dict[str, Any]:
+    """
+    The settings that differ from the defaults that all trainers share, some of which the base has, without those that
+    name a machine.
+    """
 
     def default(f) -> Any:
         # Not from a default instance: constructing one resets accelerate's state in the middle of the run.
         return f.default if f.default is not MISSING else f.default_factory() if callable(f.default_factory) else None
 
-    defaults = {f.name: default(f) for f in (*fields(args), *fields(DiffusionConfig))}
+    defaults = {f.name: default(f) for f in (*fields(args), *fields(DiffusionConfig))} | of_base.of_a_run()
     return {
         name: value
         for name, value in public_settings(args.to_dict()).items()
         if value != defaults[name]
+        and (value is not None or name not in of_base.of_a_run())  # None stands for the default
         and not (value in ([], {}) and not defaults[name])  # filled in by the config class, or not to be shown
         and name not in _RESOLVED
         and not name.startswith(_NOT_SETTINGS)

@@ -53,9 +53,7 @@ def check_allow_changes(args: TrainingArguments) -> None:
         raise ValueError(f"`allow_changes` must be a list of names out of {', '.join(known)}, but holds {wrong!r}.")
 
 
-def describe_trajectory(
-    datasets: Mapping[str, Prompts], args: TrainingArguments, defaults: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+def describe_trajectory(datasets: Mapping[str, Prompts], args: TrainingArguments) -> dict[str, Any]:
     """
     What defines the course of a run, to be kept in each checkpoint.
 
@@ -64,15 +62,12 @@ def describe_trajectory(
             Prompts of each task.
         args ([`DiffusionConfig`]):
             Settings of the run.
-        defaults (`Mapping[str, Any]`, *optional*):
-            What settings stand for that are not set.
 
     Returns:
         `dict`: the settings that define it; `"prompts"`, the SHA-256 of those of each task (of the first row of a
         stream); and `"images_per_round"`, of a task of weight 1. The number of processes does not matter in itself.
     """
     content = {name: getattr(args, name) for name in defining_settings(type(args))}
-    content |= {name: value for name, value in (defaults or {}).items() if content[name] is None}
     content[_ROUND] = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     content[_PROMPTS] = {task: _fingerprint(data, args.prompt_column) for task, data in datasets.items()}
     return json.loads(dump_json(content))

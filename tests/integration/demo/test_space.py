@@ -107,7 +107,7 @@ def test_written_space_names_all_that_the_app_needs(tmp_path):
         "teachers": {"ocr": {"id": str(TEACHERS / "ocr")}},
         "prompts": PROMPTS,
         "defaults": {"num_inference_steps": 10, "guidance_scale": 1.0, "max_sequence_length": 10},
-        "guidance": {"argument": "guidance_scale", "offset": 0.0},
+        "guidance": {"argument": "guidance_scale", "offset": 0.0, "info": "Up to 1: none", "fixed": False},
         "limits": {"prompt": 500, "num_inference_steps": 50, "guidance_scale": 10.0, "strength": 1.5},
         "dtype": "float32",
     }

@@ -178,9 +178,9 @@ def test_families_are_found_by_the_pipelines_class(tmp_path):
     assert isinstance(family_of(stripes_pipeline()), Stripes)
     assert isinstance(family_of(tiny_pipeline()), StableDiffusion3)
     assert isinstance(family_named(DEFAULT_PIPELINE), StableDiffusion3)
-    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    (tmp_path / "model_index.json").write_text('{"_class_name": "KolorsPipeline"}')
     with pytest.raises(
-        ValueError, match="`model` is a 'FluxPipeline', which no known model family has. The pipelines"
+        ValueError, match="`model` is a 'KolorsPipeline', which no known model family has. The pipelines"
     ):
         check_pipeline(tmp_path)
     (tmp_path / "model_index.json").write_text("[]")
@@ -210,10 +210,14 @@ def test_a_teacher_of_another_family_is_refused(tmp_path):
         )
 
 
-def test_only_its_own_files_name_stable_diffusion_3():
+def test_only_the_files_of_families_name_them():
     """In code; docstrings and comments may have it as an example. The registry and the public names have to."""
-    own = {"models/sd3.py", "models/sd3_sde_pipeline.py", "models/registry.py", "__init__.py"}
-    named = re.compile(r"SD3|StableDiffusion3|sd3_|text_encoder_[23]|pos_embed_max_size|joint_attention|pooled_pro")
+    families = {f"models/{place.partition(':')[0]}.py" for place in FAMILIES.values() if isinstance(place, str)}
+    own = {*families, "models/sd3_sde_pipeline.py", "models/registry.py", "__init__.py"}
+    named = re.compile(
+        r"SD3|StableDiffusion3|sd3_|text_encoder_[23]|pos_embed_max_size|joint_attention_|pooled_pro"
+        r"|ZImage|Flux|FLUX|QwenImage|klein|is_distilled|guidance_embeds|true_cfg"
+    )
     found = []
     for file in sorted(PACKAGE.rglob("*.py")):
         path = file.relative_to(PACKAGE).as_posix()
@@ -233,5 +237,5 @@ def test_the_demo_is_told_what_the_pipeline_calls_guidance(tmp_path):
     trainer.save_model()
     stripes_pipeline().save_pretrained(tmp_path / "base")
     content = gather(tmp_path / "out", base=tmp_path / "base")
-    assert content.guidance == {"argument": "strength", "offset": -1.0}
+    assert content.guidance == {"argument": "strength", "offset": -1.0, "info": "Up to 1: none", "fixed": False}
     assert content.defaults == {"num_inference_steps": 4, "guidance_scale": 3.0, "height": 16, "width": 16}

@@ -29,6 +29,7 @@ from tests.support.tiny import tiny_pipeline
 from trl_diffusion_opd.data.rounds import TaskBatch
 from trl_diffusion_opd.hub.licenses import LICENSE_IDS, License, as_license, read_license
 from trl_diffusion_opd.hub.locations import Origin
+from trl_diffusion_opd.models.registry import DEFAULT_PIPELINE, family_named
 from trl_diffusion_opd.models.sd3 import StableDiffusion3
 from trl_diffusion_opd.publishing.card import render_card
 from trl_diffusion_opd.publishing.card_sections import duration
@@ -508,7 +509,8 @@ def test_jobs_of_the_hub_are_tagged(finished, monkeypatch):
 
 def test_settings_leave_out_defaults_machines_and_secrets(tmp_path):
     common = {"output_dir": str(tmp_path), "use_cpu": True}
-    assert changed_settings(DiffusionOPDConfig(**common)) == {}
+    defaults = family_named(DEFAULT_PIPELINE).defaults(dict)
+    assert changed_settings(DiffusionOPDConfig(**common), defaults) == {}
     config = DiffusionOPDConfig(
         **common,
         lr_scheduler_type="warmup_stable_decay",
@@ -518,7 +520,7 @@ def test_settings_leave_out_defaults_machines_and_secrets(tmp_path):
         hub_token=SECRET,
         seed=7,
     )
-    assert changed_settings(config) == {
+    assert changed_settings(config, defaults) == {
         "lr_scheduler_type": "warmup_stable_decay",
         "lr_scheduler_kwargs": {"num_decay_steps": 5},
         "model_init_kwargs": {"variant": "fp16"},

@@ -10,8 +10,11 @@ import pytest
 import torch
 from trl.trainer.base_config import _BaseConfig
 
+from tests.support.tiny import tiny_pipeline
 from trl_diffusion_opd import DiffusionOPDConfig
+from trl_diffusion_opd.models.registry import family_of
 from trl_diffusion_opd.trainers.base_config import DiffusionConfig
+from trl_diffusion_opd.trainers.checks import resolve_family_settings
 from trl_diffusion_opd.trainers.grpo_config import FlowGRPOConfig
 from trl_diffusion_opd.trainers.nft_config import DiffusionNFTConfig
 from trl_diffusion_opd.trainers.rl_config import RLConfig
@@ -102,15 +105,9 @@ def test_published_defaults_of_the_methods(tmp_path):
     assert (guard.epsilon, guard.beta, grpo.epsilon, grpo.beta) == (2e-6, 0.0, 1e-4, 0.04)
     assert (guard.learning_rate, guard.scale_rewards) == (1e-4, "group")
     assert (grpo.learning_rate, grpo.scale_rewards) == (3e-4, "task")
-    assert (guard.noise_level, guard.guidance_scale, guard.solver) == (0.7, 4.5, "flow")
+    assert (guard.noise_level, guard.solver) == (0.7, "flow")
     nft = DiffusionNFTConfig(**settings)
-    assert (nft.solver, nft.noise_level, nft.guidance_scale, nft.nft_beta, nft.kl_coef) == (
-        "dpm2",
-        0.0,
-        1.0,
-        1.0,
-        1e-4,
-    )
+    assert (nft.solver, nft.noise_level, nft.nft_beta, nft.kl_coef) == ("dpm2", 0.0, 1.0, 1e-4)
     assert (guard.num_generations, nft.num_generations, nft.advantage_clip) == (24, 24, 5.0)
     assert guard.per_device_train_batch_size == nft.per_device_train_batch_size == 24, "images of whole prompts"
     assert DiffusionNFTConfig(**settings, save_steps=0.1).save_steps == 0.1
@@ -118,8 +115,9 @@ def test_published_defaults_of_the_methods(tmp_path):
 
 
 def test_published_defaults(tmp_path):
-    config = make(tmp_path)
-    assert (config.num_inference_steps, config.skip_last_steps, config.guidance_scale) == (10, None, 4.5)
+    config, family = make(tmp_path), family_of(tiny_pipeline())
+    resolve_family_settings(config, family, family.defaults(dict))
+    assert (config.num_inference_steps, config.skip_last_steps, config.guidance_scale) == (10, 1, 4.5)
     assert (config.solver, config.noise_level, config.max_sequence_length) == ("flow", 0.0, 128)
     assert (config.learning_rate, config.max_grad_norm, config.weight_decay) == (3e-4, 1.0, 1e-4)
     assert config.lr_scheduler_type == "constant" and config.remove_unused_columns is False
@@ -138,7 +136,11 @@ def test_a_machine_without_bfloat16_gets_none(tmp_path):
         ({"noise_level": float("nan")}, "`noise_level` must be a finite number"),
         ({"solver": "dpm2", "noise_level": 0.7}, "deterministic .* `noise_level` is 0.7. Set `noise_level=0.0`"),
         ({"num_inference_steps": 0}, "`num_inference_steps` must be at least 1"),
-        ({"skip_last_steps": 10}, "`skip_last_steps` must be from 0 to num_inference_steps - 1 = 9"),
+        (
+            {"skip_last_steps": 10, "num_inference_steps": 10},
+            "`skip_last_steps` must be from 0 to num_inference_steps - 1 = 9",
+        ),
+        ({"skip_last_steps": -1}, "`skip_last_steps` must be at least 0"),
         ({"guidance_scale": -1.0}, "`guidance_scale` must be 0 or more"),
         ({"max_sequence_length": 0}, "`max_sequence_length` must be at least 1"),
         ({"prompt_cache_size": 0}, "`prompt_cache_size` must be at least 1"),

@@ -43,7 +43,7 @@ def three_pass_gradient(trainer, *, noise_level: float) -> dict[str, torch.Tenso
     """Algorithm 1 by the book: roll out, replay the teacher, replay the student, one backward over everything."""
     transformer, args = trainer.transformer, trainer.args
     sigmas, timesteps = trainer.schedule.sigmas.double().tolist(), trainer.schedule.timesteps
-    steps = args.num_inference_steps - trainer.skip_last_steps
+    steps = args.num_inference_steps - args.skip_last_steps
     encoded = trainer.prompts.encode([*trainer.rounds.distinct_prompts(99), ""])
     dtype = next(transformer.parameters()).dtype
     negative = tuple(tensor[None].to(dtype) for tensor in encoded[""].values())

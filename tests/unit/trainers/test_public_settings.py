@@ -11,12 +11,14 @@ from tests.support.runs import PROMPTS, make_teachers, make_trainer, small_lora
 from tests.support.tiny import tiny_pipeline
 from trl_diffusion_opd import DiffusionOPDConfig
 from trl_diffusion_opd.hub.options import INIT_KWARGS, check_init_kwargs
+from trl_diffusion_opd.models.registry import DEFAULT_PIPELINE, family_named
 from trl_diffusion_opd.models.sd3_sde_pipeline import StableDiffusion3SDEPipeline
 from trl_diffusion_opd.publishing.push import read_run
 from trl_diffusion_opd.trainers.run_record import changed_settings, lora_settings
 from trl_diffusion_opd.utils.serialization import public_settings
 
 
+SD3_DEFAULTS = family_named(DEFAULT_PIPELINE).defaults(dict)
 SECRET = "s3cr3t-do-not-tell"
 # Settings that take free text or a mapping, each with a credential.
 PLANTED = {
@@ -96,7 +98,7 @@ def test_settings_of_a_subclass_are_not_shown(tmp_path):
     config = Own(str(tmp_path), use_cpu=True, api_key=SECRET, weights={"a": SECRET}, words=[1, SECRET], temperature=2)
     settings = config.to_dict()
     assert (settings["api_key"], settings["weights"], settings["words"]) == ("<API_KEY>", "<WEIGHTS>", "<WORDS>")
-    assert changed_settings(config) == {"temperature": 2}
+    assert changed_settings(config, SD3_DEFAULTS) == {"temperature": 2}
 
 
 def test_settings_that_may_be_shown():

@@ -10,7 +10,7 @@ import pytest
 from tests.support.runs import make_teachers, make_trainer
 from tests.support.tiny import random_lora, save_diffusers_lora, save_peft_lora, tiny_pipeline, tiny_transformer
 from trl_diffusion_opd.hub.locations import Origin
-from trl_diffusion_opd.models.loading import read_transformer_sizes
+from trl_diffusion_opd.models.loading import read_configs
 from trl_diffusion_opd.teachers.config import TeacherConfig
 from trl_diffusion_opd.trainers import base_trainer
 from trl_diffusion_opd.trainers.checkpoints import ResumeError
@@ -110,9 +110,9 @@ def test_of_a_base_without_a_readable_config_nothing_is_told_early(tmp_path):
     (tmp_path / "transformer").mkdir()
     for content in ("{", "[]"):
         (tmp_path / "transformer" / "config.json").write_text(content)
-        assert read_transformer_sizes(str(tmp_path), Origin("")) == {}
+        assert read_configs(str(tmp_path), Origin(""))("transformer") == {}
     given = {"transformer": tiny_transformer(num_layers=3)}
-    assert read_transformer_sizes(str(tmp_path), Origin(""), given)["num_layers"] == 3
+    assert read_configs(str(tmp_path), Origin(""), given)("transformer")["num_layers"] == 3
 
 
 @pytest.mark.parametrize("key", ["sources", "trajectory"])

@@ -84,8 +84,8 @@ def test_there_are_settings_of_every_kind():
         ({"task_weights": [1]}, "a mapping (JSON on the command line)"),
         ({"task_weights": "ocr"}, "a mapping (JSON on the command line)"),
         ({"model_init_kwargs": 5}, "a mapping (JSON on the command line)"),
-        ({"num_inference_steps": None}, "a whole number"),
-        ({"guidance_scale": None}, "a finite number"),
+        ({"prompt_cache_size": None}, "a whole number"),
+        ({"noise_level": None}, "a finite number"),
     ],
     ids=str,
 )

@@ -114,10 +114,6 @@ class EntrySampler:
             show_progress=show_progress,
         )
 
-    def check(self, entry: Entry) -> None:
-        """Raises a `ValueError` if the base has no use for the guidance of an entry."""
-        self.sampler.family.check(self.sampler.pipeline, entry.guidance_scale)
-
     def draw(self, entry: Entry, conditioning: Conditioning, seeds: Sequence[int]) -> torch.Tensor:
         """
         Images `[B, 3, H, W]` in `[0, 1]` on the CPU.
@@ -161,11 +157,8 @@ def draw_images(
             Whether to show a progress bar.
 
     Raises:
-        `ValueError`: the base has no use for the guidance of a model, told before anything is drawn; or a model draws
-            pixels that are not numbers.
+        `ValueError`: a model draws pixels that are not numbers.
     """
-    for entry in dict.fromkeys(spec.entry for spec in wanted):
-        sampler.check(entry)
     with tqdm(total=len(wanted), desc="Drawing", disable=not show_progress) as progress:
         for start in range(0, len(wanted), IMAGES_AT_ONCE):
             chunk = wanted[start : start + IMAGES_AT_ONCE]

@@ -9,7 +9,6 @@ from pathlib import Path
 from ...hub.locations import Origin
 from ...lora.files import LoraWeights, load_lora
 from ...lora.fingerprints import lora_sha256
-from .options import DEFAULT_GUIDANCE
 
 
 BASE = "base"
@@ -62,6 +61,7 @@ def choose_entries(
     names: Sequence[str],
     guidance_scale: float | Mapping[str | None, Sequence[float]],
     *,
+    default_scale: float = 1.0,
     base: bool = True,
     merge: Sequence[str] = (),
 ) -> list[Entry]:
@@ -72,8 +72,9 @@ def choose_entries(
         names (`Sequence[str]`):
             Names of the LoRAs.
         guidance_scale (`float` or `Mapping[str | None, Sequence[float]]`):
-            Of all models, or by name; under `None` those of all others (4.5 if that is missing). A model with several
-            scales gets several rows.
+            Of all models, or by name; under `None` those of all others. A model with several scales gets several rows.
+        default_scale (`float`, *optional*, defaults to `1.0`):
+            Of the models that have none.
         base (`bool`, *optional*, defaults to `True`):
             Whether the base itself is one.
         merge (`Sequence[str]`, *optional*):
@@ -100,7 +101,7 @@ def choose_entries(
         raise ValueError(f"`--guidance_scale` names {unknown[0]!r}, but the models are {', '.join(models)}.")
     rows = []
     for name, (loras, weight) in models.items():
-        own = list(dict.fromkeys(scales.get(name, scales.get(None, [DEFAULT_GUIDANCE]))))
+        own = list(dict.fromkeys(scales.get(name, scales.get(None, [default_scale]))))
         rows += [Entry(f"{name}, guidance {g:g}" if len(own) > 1 else name, float(g), loras, weight) for g in own]
     return rows
 

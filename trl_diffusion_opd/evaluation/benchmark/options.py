@@ -9,9 +9,6 @@ from typing import Any
 import yaml
 
 
-DEFAULT_GUIDANCE = 4.5
-
-
 def parse_loras(value: Any) -> dict[str, str]:
     """LoRAs by name: `name=source`, or a source, whose last part is the name."""
     if isinstance(value, Mapping):
@@ -47,7 +44,9 @@ def parse_rewards(value: Any) -> dict[str | None, list[str]]:
 
 
 def parse_guidance(value: Any) -> dict[str | None, list[float]]:
-    """Guidance scales by model, those of all others under `None`."""
+    """Guidance scales by model, those of all others under `None`; nothing stands for the base's own."""
+    if value is None:
+        return {}
     if isinstance(value, Mapping):
         scales = {name: own if isinstance(own, (list, tuple)) else [own] for name, own in value.items()}
     else:

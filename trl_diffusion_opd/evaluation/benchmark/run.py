@@ -16,7 +16,7 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gath
 
 from ...hub.locations import Origin
 from ...models.family import ModelFamily
-from ...models.loading import check_pipeline
+from ...models.loading import check_pipeline, read_configs
 from ...utils.distributed import check_processes, use_all_cores
 from .arguments import EvaluationArguments
 from .drawing import EntrySampler, ImageSpec, draw_images
@@ -111,22 +111,36 @@ class _Plan:
 def _prepare(arguments: EvaluationArguments, accelerator: Accelerator) -> _Plan:
     """Finds everything and checks it."""
     folder = ResultsFolder(arguments.output_dir)
-    entries = choose_entries(
-        list(arguments.loras), arguments.guidance_scale, base=arguments.base, merge=arguments.merge
-    )
     suites = choose_benchmarks(arguments.benchmarks, arguments.prompts, arguments.rewards)
     scorers = make_scorers(suites, accelerator.device, arguments.reward_options)
     with accelerator.main_process_first():
         origin, family = check_pipeline(arguments.model)
+        configs = read_configs(arguments.model, origin)
+        defaults = family.defaults(configs)
+    entries = choose_entries(
+        list(arguments.loras),
+        arguments.guidance_scale,
+        default_scale=defaults.guidance_scale,
+        base=arguments.base,
+        merge=arguments.merge,
+    )
+    for entry in entries:
+        family.check_guidance(configs, entry.guidance_scale)
+    with accelerator.main_process_first():
         loras = load_loras(arguments.loras)
+    length = arguments.max_sequence_length or defaults.max_sequence_length
+    if length > family.longest_prompt:
+        raise ValueError(
+            f"`max_sequence_length` must be at most {family.longest_prompt} for this model, but is {length}."
+        )
     sets = _by_main(accelerator, lambda: {suite.name: _load_prompts(folder, suite) for suite in suites})
     rows = {name: found for name, (found, _) in sets.items()}
     check_scorers(scorers, rows)
     weights = _by_main(accelerator, lambda: base_identity(arguments.model, origin))
     settings = {
         "base": {"origin": asdict(origin), "weights": weights},
-        "num_inference_steps": arguments.num_inference_steps,
-        "max_sequence_length": arguments.max_sequence_length,
+        "num_inference_steps": arguments.num_inference_steps or defaults.num_inference_steps,
+        "max_sequence_length": length,
         "seed": arguments.seed,
         "dtype": arguments.dtype or ("float32" if accelerator.device.type == "cpu" else "bfloat16"),
         "resolution": arguments.resolution or folder.load_settings().get("resolution"),
@@ -152,9 +166,9 @@ def _draw(plan: _Plan, accelerator: Accelerator) -> None:
             plan.loras,
             dtype=getattr(torch, plan.settings["dtype"]),
             device=accelerator.device,
-            num_inference_steps=plan.arguments.num_inference_steps,
+            num_inference_steps=plan.settings["num_inference_steps"],
             resolution=plan.settings["resolution"],
-            max_sequence_length=plan.arguments.max_sequence_length,
+            max_sequence_length=plan.settings["max_sequence_length"],
             show_progress=accelerator.is_main_process,
         )
         plan.settings["resolution"] = sampler.resolution

@@ -315,7 +315,8 @@ def build() -> gr.Blocks:
                     DEFAULTS["guidance_scale"],
                     step=0.1,
                     label="Guidance",
-                    info="Up to 1: none",
+                    info=GUIDANCE["info"],
+                    visible=not GUIDANCE["fixed"],
                 )
             with gr.Column(min_width=220):
                 strength = gr.Slider(0, LIMITS["strength"], 1.0, step=0.05, label="LoRA strength", info="0: the base")

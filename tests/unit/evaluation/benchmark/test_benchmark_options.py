@@ -47,7 +47,7 @@ def test_rows_of_the_table():
         ("merge_mean", 2.0, ("a", "b"), 0.5),
         ("merge_sum", 2.0, ("a", "b"), 1.0),
     ]
-    assert [row.guidance_scale for row in choose_entries(["a"], {"a": [1.0]})] == [4.5, 1.0]
+    assert [row.guidance_scale for row in choose_entries(["a"], {"a": [1.0]}, default_scale=4.5)] == [4.5, 1.0]
     rows = choose_entries(["a", "b", "c"], {None: [1.0, 1.0]}, base=False, merge=["sum=a,c", "mean"])
     assert [(row.name, row.loras, row.weight) for row in rows[3:]] == [
         ("merge_sum", ("a", "c"), 1.0),
@@ -147,9 +147,6 @@ def test_help_has_every_option_with_its_default(capsys):
     for field in fields:
         assert f" --{field.name} " in text and field.metadata["help"].split(".")[0] in text, field.name
     for name, default in {
-        "num_inference_steps": 40,
-        "guidance_scale": 4.5,
-        "max_sequence_length": 128,
         "seed": 42,
         "batch_size": 8,
         "output_dir": "evaluation",
