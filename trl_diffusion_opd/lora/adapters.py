@@ -72,6 +72,13 @@ def _tuner_layers(transformer: nn.Module) -> list[BaseTunerLayer]:
     return layers
 
 
+def active_adapters(transformer: nn.Module) -> tuple[str, ...]:
+    """The adapters that take part in a forward."""
+    return next(
+        (tuple(layer.active_adapters) for layer in _tuner_layers(transformer) if not layer.disable_adapters), ()
+    )
+
+
 @contextmanager
 def _switch(transformer: nn.Module, active: list[str] | None, disabled: bool) -> Iterator[None]:
     if torch.is_grad_enabled():

@@ -13,11 +13,14 @@ from transformers import TrainerCallback
 
 from ..data.rounds import TaskBatch
 from ..losses.opd import step_divergence
+from ..models.loading import read_transformer_sizes
 from ..models.sampler import Policy
+from ..models.transformer_places import base_key
 from ..models.velocity import Conditioning, VelocityModel
 from ..publishing.record import TeacherRecord
 from ..rewards.functions import RewardFunc
 from ..sampling.denoising import Trajectory
+from ..teachers.backbones import on_students_base
 from ..teachers.config import check_tasks, normalize_teachers
 from ..teachers.loading import fetch_teachers, load_teachers, read_fingerprints
 from ..utils.markdown import escape
@@ -57,7 +60,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             which is used as it is (its transformer gets the adapters).
         teachers (`dict` or `list[TeacherConfig]`):
             Teacher of each task: `"owner/repo"`, `"owner/repo/sub/folder"` (either with `@revision`), a local path, a
-            [`TeacherConfig`], or a loaded full model with the same latent space.
+            [`TeacherConfig`], or a full model with the same latent space, named or loaded.
         args ([`DiffusionOPDConfig`], *optional*):
             Configuration of the trainer.
         train_dataset (`dict` or [`~datasets.Dataset`]):
@@ -117,9 +120,11 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         if train_dataset is None:
             raise ValueError("`train_dataset` is required: the prompts of each task.")
         self._teacher_configs = normalize_teachers(teachers)
+        args = args if args is not None else DiffusionOPDConfig(output_dir="diffusion-opd")
+        self._base_given = model, args.model_init_kwargs
         super().__init__(
             model,
-            args if args is not None else DiffusionOPDConfig(output_dir="diffusion-opd"),
+            args,
             train_dataset,
             eval_dataset,
             tasks=list(self._teacher_configs),
@@ -134,7 +139,12 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         check_tasks(self._teacher_configs, tasks)
 
     def fetch_models(self) -> None:
-        self._teacher_files = fetch_teachers(self._teacher_configs)
+        self._teacher_files = fetch_teachers(self._teacher_configs, self.family)
+        if any(found.place is not None for found in self._teacher_files.values()):
+            model, kwargs = self._base_given
+            key = base_key(model, self.base_origin, kwargs)
+            config = read_transformer_sizes(model, self.base_origin, kwargs)
+            self._teacher_files = on_students_base(self._teacher_files, key, config, self.family)
 
     def add_models(self, args: DiffusionOPDConfig) -> None:
         self.loaded_teachers = load_teachers(
@@ -144,16 +154,19 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             family=self.family,
             vae=self.pipeline.vae,
             files=self._teacher_files,
+            dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32,
             show_progress=args.process_index == 0 and not args.disable_tqdm,
         )
         for teacher in self.loaded_teachers.values():
             self.family.check(self.pipeline, teacher.guidance_scale)
+        others = [teacher.model for teacher in self.loaded_teachers.values() if teacher.model is not None]
+        self.backbones = {id(model): VelocityModel(model.to(args.device), self.family) for model in others}
         self.teachers = {
             task: Policy(
                 f"teacher {task}",
                 teacher.guidance_scale,
-                (teacher.adapter_name,) if teacher.adapter_name else (),
-                VelocityModel(teacher.model.to(args.device), self.family) if teacher.model is not None else None,
+                teacher.adapters,
+                self.backbones.get(id(teacher.model)),
             )
             for task, teacher in self.loaded_teachers.items()
         }
@@ -174,8 +187,10 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         return MethodPlan(
             objective="mean matching, Eq. 12" if self.args.noise_level == 0 else "closed-form KL, Eq. 11",
             tasks={
-                task: f"teacher: {'full model' if teacher.model is not None else 'LoRA'} "
-                f"{format_origin(teacher.origin)}, guidance {teacher.guidance_scale:g}"
+                task: f"teacher: {'full model' if teacher.adapter_name is None else 'LoRA'} "
+                + format_origin(teacher.origin)
+                + (f" on {format_origin(teacher.base)}" if teacher.base is not None else "")
+                + f", guidance {teacher.guidance_scale:g}"
                 for task, teacher in self.loaded_teachers.items()
             },
         )
@@ -190,7 +205,14 @@ class DiffusionOPDTrainer(DiffusionTrainer):
                 "showed where it would have gone instead."
             ),
             "teachers": [
-                TeacherRecord(task, teacher.origin, teacher.guidance_scale, teacher.fingerprint, teacher.model is None)
+                TeacherRecord(
+                    task,
+                    teacher.origin,
+                    teacher.guidance_scale,
+                    teacher.fingerprint,
+                    is_lora=teacher.adapter_name is not None,
+                    base=teacher.base,
+                )
                 for task, teacher in self.loaded_teachers.items()
             ],
         }
