@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What teachers are beside the student: on its own backbone, or on another one that is to be loaded."""
+"""What teachers are on: the backbone of the student, or another one that is found, checked and run beside it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
@@ -15,6 +16,8 @@ from ..hub.locations import DIFFUSERS_WEIGHT_NAME, PEFT_CONFIG_NAME, Origin, Res
 from ..lora.adapters import active_adapters
 from ..models.family import ModelFamily
 from ..models.transformer_places import TransformerPlace, find_base, find_transformer
+from ..models.velocity import VelocityModel
+from ..utils.turns import Turns
 from .config import TeacherConfig, full_model
 
 
@@ -43,6 +46,28 @@ class FoundTeacher:
     def other(self) -> TransformerPlace | None:
         """The backbone, if it is another one than that of the student."""
         return None if self.shared else self.place
+
+
+class Backbone(VelocityModel):
+    """
+    A frozen transformer that teachers are on, which comes to the device when it is run.
+
+    Args:
+        transformer (`torch.nn.Module`):
+            With the adapters of its teachers.
+        family ([`ModelFamily`]):
+            How it is called.
+        turns ([`Turns`]):
+            Brings it there, if it was added to them.
+    """
+
+    def __init__(self, transformer: nn.Module, family: ModelFamily, turns: Turns):
+        super().__init__(transformer, family)
+        self.turns = turns
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.turns.take(self)
+        return super().forward(*args, **kwargs)
 
 
 def owner_of(task: str, config: TeacherConfig) -> str:

@@ -16,14 +16,16 @@ from ..losses.opd import step_divergence
 from ..models.loading import read_transformer_sizes
 from ..models.sampler import Policy
 from ..models.transformer_places import base_key
-from ..models.velocity import Conditioning, VelocityModel
+from ..models.velocity import Conditioning
 from ..publishing.record import TeacherRecord
 from ..rewards.functions import RewardFunc
 from ..sampling.denoising import Trajectory
-from ..teachers.backbones import on_students_base
+from ..teachers.backbones import Backbone, on_students_base
 from ..teachers.config import check_tasks, normalize_teachers
 from ..teachers.loading import fetch_teachers, load_teachers, read_fingerprints
+from ..utils.hardware import format_bytes, module_bytes
 from ..utils.markdown import escape
+from ..utils.turns import Turns
 from .base_trainer import DiffusionTrainer
 from .method_plan import MethodPlan, format_origin
 from .opd_config import DiffusionOPDConfig
@@ -159,14 +161,20 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         )
         for teacher in self.loaded_teachers.values():
             self.family.check(self.pipeline, teacher.guidance_scale)
-        others = [teacher.model for teacher in self.loaded_teachers.values() if teacher.model is not None]
-        self.backbones = {id(model): VelocityModel(model.to(args.device), self.family) for model in others}
+        self.turns = Turns(args.device)
+        others = dict.fromkeys(teacher.model for teacher in self.loaded_teachers.values())
+        self.backbones = {model: Backbone(model, self.family, self.turns) for model in others if model is not None}
+        for backbone in self.backbones.values():
+            if args.offload_teachers and args.device.type != "cpu":
+                self.turns.add(backbone)
+            else:
+                backbone.to(args.device)
         self.teachers = {
             task: Policy(
                 f"teacher {task}",
                 teacher.guidance_scale,
                 teacher.adapters,
-                self.backbones.get(id(teacher.model)),
+                self.backbones.get(teacher.model),
             )
             for task, teacher in self.loaded_teachers.items()
         }
@@ -193,7 +201,15 @@ class DiffusionOPDTrainer(DiffusionTrainer):
                 + f", guidance {teacher.guidance_scale:g}"
                 for task, teacher in self.loaded_teachers.items()
             },
+            **self._plan_of_backbones(),
         )
+
+    def _plan_of_backbones(self) -> dict[str, Any]:
+        sizes = sorted(map(module_bytes, self.backbones.values()), reverse=True)
+        if not self.turns.modules:
+            return {"models": sum(sizes)}
+        waiting = f"{format_bytes(sum(sizes))} of teachers in host memory, on the device when it is their turn"
+        return {"models": sum(sizes[:2]), "lines": {"offload": waiting}}
 
     def describe_run(self) -> dict[str, Any]:
         tasks = list(self.loaded_teachers)
@@ -225,12 +241,13 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         batches = self.rounds.batches(self.state.global_step, micro_round)
         num_steps = len(self.schedule) - self.skip_last_steps
         loss_weight = 1 / (len(batches) * num_steps * self.current_gradient_accumulation_steps)
-        divergences = torch.stack(
-            [
-                self.distill(model, batch, num_steps, loss_weight, is_last_batch=index == len(batches) - 1)
-                for index, batch in enumerate(batches)
-            ]
-        )
+        backbones = [self.teachers[batch.task].model for batch in batches]
+        divergences = []
+        for index, batch in enumerate(batches):
+            self.turns.begin(backbones[index], then=backbones[(index + 1) % len(batches)])
+            is_last_batch = index == len(batches) - 1
+            divergences.append(self.distill(model, batch, num_steps, loss_weight, is_last_batch))
+        divergences = torch.stack(divergences)
         divergences = self.accelerator.reduce(divergences, reduction="mean")
         self.check_finite(divergences, batches)
         self.log_divergences(divergences, batches)
@@ -283,16 +300,29 @@ class DiffusionOPDTrainer(DiffusionTrainer):
     def rollout_metrics(
         self, policy: Policy, batch: TaskBatch, conditioning: Conditioning
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Adds `kl`, the mean divergence from the task's teacher over the steps that are trained."""
+        """
+        Adds `kl`, the mean divergence from the task's teacher over the steps that are trained; and with `eval_fixed_kl` the
+        one at the states of the teacher's own rollout, `fixed_kl`.
+        """
         teacher = self.teachers[batch.task]
+        latents, divergence = self._divergence(policy, teacher, batch, conditioning)
+        metrics = {"kl": divergence}
+        if self.args.eval_fixed_kl:
+            _, metrics["fixed_kl"] = self._divergence(teacher, policy, batch, conditioning)
+        return latents, metrics
+
+    def _divergence(
+        self, policy: Policy, other: Policy, batch: TaskBatch, conditioning: Conditioning
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where the rollout of `policy` ends, and its mean divergence `[B]` from `other` over the trained steps."""
         num_steps = len(self.eval_schedule) - self.skip_last_steps
         divergences = []
         for step in self.evaluator.rollout(policy, conditioning, batch.seeds):
             if step.index < num_steps:
                 timestep = self.eval_schedule.timesteps[step.index].to(step.sample.device)
-                target = self.sampler.velocity(teacher, step.sample, timestep, conditioning)
-                divergences.append(step_divergence(step.velocity, target, step.transition))
-        return step.next_sample, {"kl": torch.stack(divergences).mean(0)}
+                velocity = self.sampler.velocity(other, step.sample, timestep, conditioning)
+                divergences.append(step_divergence(step.velocity, velocity, step.transition))
+        return step.next_sample, torch.stack(divergences).mean(0)
 
     # Checks and logs
 
