@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import nn
 
 from ..hub.download import fetch, fetch_checked
@@ -255,8 +256,6 @@ def _fetch_weights(place: TransformerPlace) -> Path:
 
 
 def _fetch_large(source: Source, name: str, commit: str | None, owner: str) -> Path:
-    from huggingface_hub import hf_hub_download
-
     check_inside(name, "weights")  # which the index names
     filename = f"{source.subfolder}/{name}" if source.subfolder else name
     cached = isinstance(try_to_load_from_cache(source.repo_id, filename, revision=commit), str)
@@ -265,4 +264,12 @@ def _fetch_large(source: Source, name: str, commit: str | None, owner: str) -> P
         return Path(hf_hub_download(source.repo_id, filename, revision=commit))
 
     with hub_errors(source, owner):
-        return fetch_checked(download, source, owner, lambda path: [] if cached else [path])
+        try:
+            return fetch_checked(download, source, owner, lambda path: [] if cached else [path])
+        except LocalEntryNotFoundError:  # no answer of the Hub
+            raise
+        except EntryNotFoundError as error:
+            raise AbsentError(
+                f"{owner}: there is no file {name!r} in {source}, and only safetensors is loaded. Pass a model that was "
+                "saved with `save_pretrained`."
+            ) from error
