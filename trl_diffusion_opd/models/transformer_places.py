@@ -111,7 +111,7 @@ def find_transformer(
     if index is not None:
         return _in_pipeline(source, commit, owner, family, **access)
     config, commit = _look(source, CONFIG, owner, **access)
-    if config is None:
+    if config is None or "_class_name" not in _read_config(config, owner):  # as beside a LoRA with an unusual name
         return None
     return _place(source, config, commit, owner, family)
 

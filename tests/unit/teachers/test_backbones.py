@@ -10,9 +10,11 @@ from diffusers import AutoencoderKL
 
 from tests.support.large import large_pipeline, large_teachers, large_transformer, save_large
 from tests.support.tiny import random_lora, save_diffusers_lora, tiny_inputs, tiny_pipeline, tiny_transformer, velocity
+from trl_diffusion_opd.hub.locations import Source
 from trl_diffusion_opd.lora.adapters import base_only, use_adapter
 from trl_diffusion_opd.lora.fingerprints import backbone_sha256
 from trl_diffusion_opd.models.sd3 import StableDiffusion3
+from trl_diffusion_opd.models.transformer_places import find_transformer
 from trl_diffusion_opd.teachers import loading
 from trl_diffusion_opd.teachers.backbones import on_students_base
 from trl_diffusion_opd.teachers.config import TeacherConfig, normalize_teachers
@@ -137,6 +139,12 @@ def test_the_base_of_the_student_is_not_loaded_twice(saved):
     assert teachers["b"].fingerprint == load({"b": saved / "large"})["b"].fingerprint
     own = load_teachers({"a": saved / "large_count"}, large_transformer(), guidance_scale=2.0, family=FAMILY)
     assert teachers["a"].fingerprint == own["a"].fingerprint
+
+
+def test_a_config_that_is_of_no_model_of_diffusers_is_not_taken_for_one(folder):
+    """As it lies beside LoRAs with unusual names, whose error says which files there are."""
+    (folder / "large_count" / "config.json").write_text('{"model_type": "lora"}')
+    assert find_transformer(Source(path=folder / "large_count"), "teacher 'a'", FAMILY) is None
 
 
 def test_a_folder_with_a_lora_and_a_model_is_the_lora(folder):
