@@ -16,6 +16,7 @@ from trl_diffusion_opd import DiffusionOPDTrainer
 from trl_diffusion_opd.data.prompt_sets import origin_of, task_datasets
 from trl_diffusion_opd.data.rounds import num_prompts, prompt_at
 from trl_diffusion_opd.models.loading import check_pipeline, load_pipeline
+from trl_diffusion_opd.models.sd3 import StableDiffusion3
 from trl_diffusion_opd.teachers.config import normalize_teachers
 from trl_diffusion_opd.teachers.loading import fetch_teachers
 
@@ -90,8 +91,8 @@ def attempts(items: list[str]) -> list[dict]:
 
 
 def _teacher(location: str) -> str:
-    (files,) = fetch_teachers(normalize_teachers({"ocr": location})).values()
-    return f"OK {hashlib.sha256(files.path.read_bytes()).hexdigest()}"
+    (files,) = fetch_teachers(normalize_teachers({"ocr": location}), StableDiffusion3()).values()
+    return f"OK {hashlib.sha256(files.lora.path.read_bytes()).hexdigest()}"
 
 
 def _base(location: str) -> str:

@@ -155,14 +155,15 @@ class OPDScriptArguments(ScriptArguments):
         default=None,
         metadata={
             "help": "Teacher of each task: a Hub id `owner/repo[/sub/folder][@revision]`, a local path, or a mapping "
-            "with `name_or_path`, `subfolder`, `revision`, `weight_name`, `guidance_scale`."
+            "with `name_or_path`, `subfolder`, `revision`, `weight_name`, `base`, `guidance_scale`."
         },
     )
 
     def trainer_arguments(self, recipe: Path | None = None) -> dict[str, Any]:
         def found(teacher: Any) -> Any:
             if isinstance(teacher, dict) and "name_or_path" in teacher:
-                return {**teacher, "name_or_path": locate(teacher["name_or_path"], recipe)}
+                places = {name: locate(teacher[name], recipe) for name in ("name_or_path", "base") if name in teacher}
+                return {**teacher, **places}
             return locate(teacher, recipe)
 
         teachers = self.teachers

@@ -42,7 +42,7 @@ def compare(
     Scores all models on evaluation prompts, with the same noise.
 
     Where there are teachers, the merge adds up the updates of all their LoRAs on the base (weight 1 each), which costs
-    no training: what a student must beat. With a full-model teacher there is no merge.
+    no training: what a student must beat. There is none if a teacher is no LoRA on the student's base.
 
     Args:
         evaluator ([`Evaluator`]):
@@ -70,7 +70,7 @@ def compare(
         results: dict[str, Any] = {"base": score(base)}
         if teachers:
             results["teachers"] = {task: score(policy) for task, policy in teachers.items()}
-        if teachers and all(policy.model is None for policy in teachers.values()):
+        if teachers and all(policy.model is None and policy.adapters for policy in teachers.values()):
             adapters = tuple(name for policy in teachers.values() for name in policy.adapters)
             results["merge"] = score(Policy("merge", student.guidance_scale, adapters))
         results["student"] = score(student)

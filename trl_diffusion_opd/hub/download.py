@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
-from .errors import SourceError, hub_errors, retried
+from .errors import AbsentError, SourceError, hub_errors, retried
 from .locations import (
     DIFFUSERS_WEIGHT_NAME,
     PEFT_CONFIG_NAME,
@@ -74,7 +74,7 @@ def fetch(source: Source, name: str, owner: str, *, commit: str | None = None, *
         if error is not None and not _is_absent(error):
             raise error
     if path is None:
-        raise SourceError(f"{owner}: there is no file {name!r} in {source}. Check the spelling.")
+        raise AbsentError(f"{owner}: there is no file {name!r} in {source}. Check the spelling.")
     return Resolved(path, commit)
 
 
@@ -142,7 +142,7 @@ def _raise_absent(source: Source, name: str, names: list[str], owner: str) -> No
     else:
         folders = sorted({str(PurePosixPath(other).parent) for other in names if other.endswith(".safetensors")})
         hint = f"Folders of the repository with safetensors files: {', '.join(map(repr, folders)) or 'none'}."
-    raise SourceError(f"{owner}: there is no file {name!r} in {source}. {hint}")
+    raise AbsentError(f"{owner}: there is no file {name!r} in {source}. {hint}")
 
 
 def is_damaged(path: Path) -> bool:

@@ -20,6 +20,10 @@ class SourceError(OSError):
     """Something could not be found or fetched; the message names who asked for it and the remedy."""
 
 
+class AbsentError(SourceError):
+    """A repository is there, but does not have such a file."""
+
+
 def retried(call: Callable[[], T], what: str = "Asking the Hub", **options) -> T:
     """
     Calls a function again if it fails for a reason that may pass: a server error, a rate limit, a broken connection.

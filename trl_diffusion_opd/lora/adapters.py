@@ -73,6 +73,35 @@ def _tuner_layers(transformer: nn.Module) -> list[BaseTunerLayer]:
 
 
 @contextmanager
+def _only(transformer: nn.Module, adapter_name: str) -> Iterator[None]:
+    """
+    Takes the other adapters out of the modules for a while. PEFT walks over all modules dozens of times to add an adapter
+    or to collect its tensors, which would take longer with each one that is there.
+    """
+    held = [
+        (child, child._modules)
+        for layer in _tuner_layers(transformer)
+        for child in layer.children()
+        if isinstance(child, nn.ModuleDict)
+    ]
+    try:
+        for child, modules in held:
+            child._modules = {name: module for name, module in modules.items() if name == adapter_name}
+        yield
+    finally:
+        for child, modules in held:
+            modules.update(child._modules)
+            child._modules = modules
+
+
+def active_adapters(transformer: nn.Module) -> tuple[str, ...]:
+    """The adapters that take part in a forward."""
+    return next(
+        (tuple(layer.active_adapters) for layer in _tuner_layers(transformer) if not layer.disable_adapters), ()
+    )
+
+
+@contextmanager
 def _switch(transformer: nn.Module, active: list[str] | None, disabled: bool) -> Iterator[None]:
     if torch.is_grad_enabled():
         raise RuntimeError(
@@ -119,28 +148,30 @@ def add_lora(transformer: nn.Module, weights: LoraWeights, adapter_name: str) ->
     """
     if adapter_name in getattr(transformer, "peft_config", {}):
         raise ValueError(f"{weights.owner}: the transformer already has an adapter called {adapter_name!r}.")
+    try:
+        with _only(transformer, adapter_name):
+            _add_frozen(transformer, weights, adapter_name)
+    except Exception:
+        if adapter_name in getattr(transformer, "peft_config", {}):
+            transformer.delete_adapters(adapter_name)
+        raise
+
+
+def _add_frozen(transformer: nn.Module, weights: LoraWeights, adapter_name: str) -> None:
     flags = {id(parameter): parameter.requires_grad for parameter in transformer.parameters()}
-    tuners = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
+    tuners = _tuner_layers(transformer)
     # On a layer that only the new adapter touches, the active adapter must be the same as on all the others. If there
     # is no other adapter yet, "default" is a name that no layer knows, so the base model goes on computing.
     active = tuners[0].active_adapters if tuners else ["default"]
-
-    def restore() -> None:
+    try:
+        _inject(transformer, weights, adapter_name)
+    finally:
         for module in transformer.modules():
             if isinstance(module, BaseTunerLayer):
                 module.set_adapter(active)
         # Last, because `set_adapter` changes the flags too.
         for parameter in transformer.parameters():
             parameter.requires_grad_(flags.get(id(parameter), False))
-
-    try:
-        _inject(transformer, weights, adapter_name)
-    except Exception:
-        restore()
-        if adapter_name in getattr(transformer, "peft_config", {}):
-            transformer.delete_adapters(adapter_name)
-        raise
-    restore()
 
 
 def save_lora(
@@ -222,7 +253,8 @@ def lora_state_dict(transformer: nn.Module, adapter_name: str = "default") -> di
     if adapter_name not in getattr(transformer, "peft_config", {}):
         present = sorted(getattr(transformer, "peft_config", {}))
         raise ValueError(f"The transformer has no adapter called {adapter_name!r}; it has: {present}.")
-    return get_peft_model_state_dict(transformer, adapter_name=adapter_name, save_embedding_layers=False)
+    with _only(transformer, adapter_name):
+        return get_peft_model_state_dict(transformer, adapter_name=adapter_name, save_embedding_layers=False)
 
 
 def has_no_effect(state_dict: dict[str, torch.Tensor], scaling: dict[str, float] | None = None) -> bool:
@@ -251,11 +283,12 @@ def has_no_effect(state_dict: dict[str, torch.Tensor], scaling: dict[str, float]
 
 def lora_scaling(transformer: nn.Module, adapter_name: str = "default") -> dict[str, float]:
     """Returns the factor that each layer of one adapter applies to `B @ A`, by module name."""
-    return {
-        name: module.scaling[adapter_name]
-        for name, module in transformer.named_modules()
-        if isinstance(module, LoraLayer) and adapter_name in module.scaling
-    }
+    with _only(transformer, adapter_name):
+        return {
+            name: module.scaling[adapter_name]
+            for name, module in transformer.named_modules()
+            if isinstance(module, LoraLayer) and adapter_name in module.scaling
+        }
 
 
 def _inject(transformer: nn.Module, weights: LoraWeights, adapter_name: str) -> None:

@@ -44,3 +44,9 @@ def adapter_sha256(transformer: nn.Module, adapter_name: str = "default") -> str
     factors = sorted(lora_scaling(transformer, adapter_name).items())
     scaling = "".join(f"{name} {float(factor)!r}\n" for name, factor in factors)
     return weights_sha256(lora_state_dict(transformer, adapter_name), scaling)
+
+
+def backbone_sha256(model: nn.Module) -> str:
+    """The fingerprint of a model without its adapters: the same before and after they were added."""
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" not in name}
+    return weights_sha256({name.replace(".base_layer.", "."): tensor for name, tensor in tensors.items()})

@@ -28,9 +28,9 @@ class Policy:
         guidance_scale (`float`):
             Its classifier-free guidance.
         adapters (`tuple[str, ...]`, *optional*, defaults to `()`):
-            Adapters of the shared backbone that are active, their updates added up; none for the base.
+            Adapters of its model that are active, their updates added up; none for the base.
         model ([`VelocityModel`], *optional*):
-            A model of its own instead of the shared backbone.
+            Another model instead of the shared backbone.
         weight (`float`, *optional*, defaults to `1.0`):
             Weight of the update of each adapter.
     """
@@ -90,14 +90,11 @@ class PolicySampler:
     @contextmanager
     def acting(self, policy: Policy) -> Iterator[nn.Module]:
         """The policy's model, ready for a forward without gradients; the adapters are as they were afterwards."""
-        if policy.model is not None:
-            with self.autocast():
-                yield policy.model
-            return
-        transformer = self.model.transformer
+        model = self.model if policy.model is None else policy.model
+        transformer = model.transformer
         switch = use_adapter(transformer, *policy.adapters) if policy.adapters else base_only(transformer)
         with switch, _weighted(transformer, policy.weight), self.autocast():
-            yield self.model
+            yield model
 
     @torch.no_grad()
     def velocity(

@@ -9,7 +9,7 @@ from ..evaluation.gains import gains
 from ..hub.locations import Origin
 from ..sampling.solvers import SOLVERS
 from ..utils.markdown import code, enumeration, escape, hyperlink, table
-from .record import PromptSet, RunRecord
+from .record import PromptSet, RunRecord, TeacherRecord
 
 
 UNIFIED_REWARD = "unifiedreward"  # the reward, and how its scores are called
@@ -104,6 +104,13 @@ def how_good(record: RunRecord) -> str:
     return "not measured"
 
 
+def _kind(teacher: TeacherRecord) -> str:
+    """What a teacher is, if it is no LoRA on the student's base."""
+    if not teacher.is_lora:
+        return ", a full model"
+    return "" if teacher.base is None else f" on {link(teacher.base)}"
+
+
 def teacher_table(record: RunRecord) -> str:
     """Teachers and prompts of each task."""
 
@@ -116,7 +123,7 @@ def teacher_table(record: RunRecord) -> str:
         [
             [
                 escape(teacher.task),
-                link(teacher.origin) + ("" if teacher.is_lora else ", a full model"),
+                link(teacher.origin) + _kind(teacher),
                 f"{teacher.guidance_scale:g}",
                 prompts_of(record.prompts, teacher.task),
                 prompts_of(record.eval_prompts, teacher.task),

@@ -57,7 +57,9 @@ class TeacherRecord:
         sha256 (`str`):
             Fingerprint of its weights as loaded.
         is_lora (`bool`, *optional*, defaults to `True`):
-            Whether it is a LoRA on the student's base; else a full model.
+            Whether it is a LoRA; else a full model.
+        base ([`Origin`], *optional*):
+            The base that it is a LoRA on, if that is another one than the student's.
     """
 
     task: str
@@ -65,6 +67,7 @@ class TeacherRecord:
     guidance_scale: float
     sha256: str
     is_lora: bool = True
+    base: Origin | None = None
 
 
 @dataclass
@@ -312,6 +315,8 @@ class RunRecord:
                 ("benchmarks", BenchmarkScore),
             ):
                 content[key] = [item(**{**row, "origin": Origin(**row["origin"])}) for row in content.get(key, [])]
+            for teacher in content["teachers"]:
+                teacher.base = None if teacher.base is None else Origin(**teacher.base)
             content["gallery"] = [GalleryImage(**row) for row in content["gallery"]]
             record = cls(**content)
         except (json.JSONDecodeError, KeyError, TypeError) as error:

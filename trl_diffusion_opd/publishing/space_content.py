@@ -82,7 +82,9 @@ def gather(
     source, record, card = _read_student(parse_source(student, kind="student"), token)
     inference = {name: value for name, value in record.inference.items() if value is not None} if record else {}
     if teachers is None:
-        recorded = {row.task: _source_of(row.origin) for row in record.teachers if row.is_lora} if record else {}
+        # Others than LoRAs on the student's base would need a pipeline of their own.
+        rows = [row for row in record.teachers if row.is_lora and row.base is None] if record else []
+        recorded = {row.task: _source_of(row.origin) for row in rows}
         sources = {task: teacher for task, teacher in recorded.items() if teacher is not None}
     else:
         sources = {task: parse_source(teacher) for task, teacher in teachers.items()}

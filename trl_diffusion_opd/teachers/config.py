@@ -22,13 +22,18 @@ class TeacherConfig:
     Args:
         name_or_path (`str`, `Path`, `ModelMixin` or `DiffusionPipeline`):
             A LoRA as a local file or folder or as `"owner/repo"`, `"owner/repo/sub/folder"` or
-            `"owner/repo/sub/folder@revision"` on the Hub; or a full model, already loaded.
+            `"owner/repo/sub/folder@revision"` on the Hub; or a full model, named in the same way (the folder of a
+            transformer or of a whole pipeline) or already loaded.
         subfolder (`str`, *optional*):
-            Folder of the LoRA inside the repository or the local folder.
+            Folder inside the repository or the local folder.
         revision (`str`, *optional*):
             Branch, tag or commit of the Hub repository.
         weight_name (`str`, *optional*):
-            Safetensors file to load, if it has not one of the usual names.
+            Safetensors file of a LoRA to load, if it has not one of the usual names.
+        base (`str`, `Path`, `ModelMixin` or `DiffusionPipeline`, *optional*):
+            The pipeline that a LoRA was trained on, if it is another one than the student's with the same latents and
+            text encoders: `"owner/repo[@revision]"` on the Hub or a local folder, of which the transformer is loaded,
+            or what is loaded already. Teachers that name the same one share it.
         guidance_scale (`float`, *optional*):
             Classifier-free guidance of this teacher. Not set means the one of the student. A teacher that was trained
             without guidance should be queried at 1.0.
@@ -39,21 +44,28 @@ class TeacherConfig:
 
     ```python
     >>> TeacherConfig("quanhaol/DiffusionOPD", subfolder="GenEvalTeacher/lora", guidance_scale=1.0)
+    >>> TeacherConfig("stabilityai/stable-diffusion-3.5-large", subfolder="transformer")  # a full model
+    >>> TeacherConfig("path/to/lora", base="stabilityai/stable-diffusion-3.5-large")
     ```
     """
 
     name_or_path: "str | Path | ModelMixin | DiffusionPipeline" = field(
         metadata={
             "help": "A LoRA as a local file or folder or as `owner/repo/sub/folder@revision` on the Hub; or a full "
-            "model, already loaded."
+            "model, named in the same way or already loaded."
         },
     )
-    subfolder: str | None = field(
-        default=None, metadata={"help": "Folder of the LoRA inside the repository or the local folder."}
-    )
+    subfolder: str | None = field(default=None, metadata={"help": "Folder inside the repository or the local folder."})
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the Hub repository."})
     weight_name: str | None = field(
-        default=None, metadata={"help": "Safetensors file to load, if it has not one of the usual names."}
+        default=None, metadata={"help": "Safetensors file of a LoRA to load, if it has not one of the usual names."}
+    )
+    base: "str | Path | ModelMixin | DiffusionPipeline | None" = field(
+        default=None,
+        metadata={
+            "help": "The pipeline that a LoRA was trained on, if it is another one than the student's: "
+            "`owner/repo[@revision]` on the Hub, a local folder, or already loaded."
+        },
     )
     guidance_scale: float | None = field(
         default=None,
@@ -70,11 +82,15 @@ class TeacherConfig:
         scale = self.guidance_scale
         if scale is not None and not (_is_number(scale) and math.isfinite(scale) and scale >= 0):
             raise ValueError(f"`guidance_scale` of a teacher must be a finite number of at least 0, but is {scale!r}.")
+        if isinstance(self.base, str | Path):
+            parse_source(self.base, kind="base")
+        elif self.base is not None:
+            full_model(self.base)
         if isinstance(self.name_or_path, str | Path):
             self.source()
         else:
             full_model(self.name_or_path)
-            for name in ("subfolder", "revision", "weight_name"):
+            for name in ("subfolder", "revision", "weight_name", "base"):
                 if getattr(self, name) is not None:
                     raise ValueError(
                         f"`{name}={getattr(self, name)!r}` was given for a teacher that is already loaded as a "
@@ -82,7 +98,7 @@ class TeacherConfig:
                     )
 
     def source(self) -> Source:
-        """Returns the location of a LoRA teacher, with the subfolder and the revision put in."""
+        """Returns the location of a teacher that was named, with the subfolder and the revision put in."""
         source = parse_source(self.name_or_path)
         for name in ("subfolder", "revision"):
             if getattr(self, name) is not None and getattr(source, name) is not None:
@@ -189,13 +205,13 @@ def _as_config(teacher: Any, which: str) -> TeacherConfig:
 
 
 def full_model(teacher: Any) -> "ModelMixin":
-    """Returns the transformer of a teacher that was given as an object."""
+    """Returns the transformer of a teacher, or of a base, that was given as an object."""
     from diffusers import DiffusionPipeline, ModelMixin
 
     model = getattr(teacher, "transformer", None) if isinstance(teacher, DiffusionPipeline) else teacher
     if not isinstance(model, ModelMixin):
         raise TypeError(
-            "A teacher must be a path or Hub name of a LoRA, a `TeacherConfig`, a dict with its fields, a transformer "
-            f"of diffusers or a pipeline that has one, but is a {type(teacher).__name__}."
+            "A teacher must be a path or Hub name of a LoRA or a full model, a `TeacherConfig`, a dict with its fields, "
+            f"a transformer of diffusers or a pipeline that has one, but is a {type(teacher).__name__}."
         )
     return model

@@ -20,12 +20,15 @@ class MethodPlan:
             More lines by their titles.
         memory (`dict[str, int]`, *optional*):
             Bytes that it keeps on the training device during rounds.
+        models (`int`, *optional*, defaults to `0`):
+            Bytes of its other models on the training device.
     """
 
     objective: str
     tasks: dict[str, str]
     lines: dict[str, str] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
+    models: int = 0
 
 
 def format_origin(origin: Origin) -> str:

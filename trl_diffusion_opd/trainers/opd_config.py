@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Settings of the [`DiffusionOPDTrainer`]."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .base_config import DiffusionConfig
 
@@ -11,7 +11,15 @@ class DiffusionOPDConfig(DiffusionConfig):
     r"""
     Configuration class for the [`DiffusionOPDTrainer`].
 
-    All its parameters are those of [`DiffusionConfig`]. Rollout, guidance and optimizer have the defaults of the published
+    Parameters:
+        offload_teachers (`bool`, *optional*, defaults to `False`):
+            Whether teachers on another backbone than the student's are in host memory while it is not their turn. The
+            next one is copied to the GPU while the student works.
+        eval_fixed_kl (`bool`, *optional*, defaults to `False`):
+            Whether evaluations also report `fixed_kl`, the divergence of the student from the task's teacher at the
+            states of the teacher's own rollout, which are the same for all students. It takes as many forwards again.
+
+    The others are those of [`DiffusionConfig`]. Rollout, guidance and optimizer have the defaults of the published
     recipe; these differ:
 
     - `ema_decay` is `None` instead of 0.9: the published average lags 26 steps behind the student, which is much in a
@@ -21,3 +29,17 @@ class DiffusionOPDConfig(DiffusionConfig):
       model with a bfloat16 base, where it is 5e-6 otherwise. For the published precision set `fp16=True` and
       `model_init_kwargs={"dtype": "float32"}`.
     """
+
+    offload_teachers: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether teachers on another backbone than the student's are in host memory while it is not their "
+            "turn."
+        },
+    )
+    eval_fixed_kl: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether evaluations also report the divergence from the teacher at the states of its own rollout."
+        },
+    )

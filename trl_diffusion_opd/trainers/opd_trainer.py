@@ -14,13 +14,17 @@ from transformers import TrainerCallback
 from ..data.rounds import TaskBatch
 from ..losses.opd import step_divergence
 from ..models.sampler import Policy
-from ..models.velocity import Conditioning, VelocityModel
+from ..models.transformer_places import base_key
+from ..models.velocity import Conditioning
 from ..publishing.record import TeacherRecord
 from ..rewards.functions import RewardFunc
 from ..sampling.denoising import Trajectory
+from ..teachers.backbones import Backbone, on_students_base
 from ..teachers.config import check_tasks, normalize_teachers
 from ..teachers.loading import fetch_teachers, load_teachers, read_fingerprints
+from ..utils.hardware import format_bytes, module_bytes
 from ..utils.markdown import escape
+from ..utils.turns import Turns
 from .base_trainer import DiffusionTrainer
 from .method_plan import MethodPlan, format_origin
 from .opd_config import DiffusionOPDConfig
@@ -57,7 +61,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             which is used as it is (its transformer gets the adapters).
         teachers (`dict` or `list[TeacherConfig]`):
             Teacher of each task: `"owner/repo"`, `"owner/repo/sub/folder"` (either with `@revision`), a local path, a
-            [`TeacherConfig`], or a loaded full model with the same latent space.
+            [`TeacherConfig`], or a full model with the same latent space, named or loaded.
         args ([`DiffusionOPDConfig`], *optional*):
             Configuration of the trainer.
         train_dataset (`dict` or [`~datasets.Dataset`]):
@@ -117,9 +121,11 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         if train_dataset is None:
             raise ValueError("`train_dataset` is required: the prompts of each task.")
         self._teacher_configs = normalize_teachers(teachers)
+        args = args if args is not None else DiffusionOPDConfig(output_dir="diffusion-opd")
+        self._base_given = model, args.model_init_kwargs
         super().__init__(
             model,
-            args if args is not None else DiffusionOPDConfig(output_dir="diffusion-opd"),
+            args,
             train_dataset,
             eval_dataset,
             tasks=list(self._teacher_configs),
@@ -137,7 +143,11 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         for config in self._teacher_configs.values():
             if config.guidance_scale is not None:
                 self.family.check_guidance(self.configs, config.guidance_scale)
-        self._teacher_files = fetch_teachers(self._teacher_configs)
+        self._teacher_files = fetch_teachers(self._teacher_configs, self.family)
+        if any(found.place is not None for found in self._teacher_files.values()):
+            model, kwargs = self._base_given
+            key, config = base_key(model, self.base_origin, kwargs), self.configs("transformer")
+            self._teacher_files = on_students_base(self._teacher_files, key, config, self.family)
 
     def add_models(self, args: DiffusionOPDConfig) -> None:
         self.loaded_teachers = load_teachers(
@@ -147,14 +157,23 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             family=self.family,
             vae=self.pipeline.vae,
             files=self._teacher_files,
+            dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32,
             show_progress=args.process_index == 0 and not args.disable_tqdm,
         )
+        self.turns = Turns(args.device)
+        others = dict.fromkeys(teacher.model for teacher in self.loaded_teachers.values())
+        self.backbones = {model: Backbone(model, self.family, self.turns) for model in others if model is not None}
+        for backbone in self.backbones.values():
+            if args.offload_teachers and args.device.type != "cpu":
+                self.turns.add(backbone)
+            else:
+                backbone.to(args.device)
         self.teachers = {
             task: Policy(
                 f"teacher {task}",
                 teacher.guidance_scale,
-                (teacher.adapter_name,) if teacher.adapter_name else (),
-                VelocityModel(teacher.model.to(args.device), self.family) if teacher.model is not None else None,
+                teacher.adapters,
+                self.backbones.get(teacher.model),
             )
             for task, teacher in self.loaded_teachers.items()
         }
@@ -175,11 +194,21 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         return MethodPlan(
             objective="mean matching, Eq. 12" if self.args.noise_level == 0 else "closed-form KL, Eq. 11",
             tasks={
-                task: f"teacher: {'full model' if teacher.model is not None else 'LoRA'} "
-                f"{format_origin(teacher.origin)}, guidance {teacher.guidance_scale:g}"
+                task: f"teacher: {'full model' if teacher.adapter_name is None else 'LoRA'} "
+                + format_origin(teacher.origin)
+                + (f" on {format_origin(teacher.base)}" if teacher.base is not None else "")
+                + f", guidance {teacher.guidance_scale:g}"
                 for task, teacher in self.loaded_teachers.items()
             },
+            **self._plan_of_backbones(),
         )
+
+    def _plan_of_backbones(self) -> dict[str, Any]:
+        sizes = sorted(map(module_bytes, self.backbones.values()), reverse=True)
+        if not self.turns.modules:
+            return {"models": sum(sizes)}
+        waiting = f"{format_bytes(sum(sizes))} of teachers in host memory, on the device when it is their turn"
+        return {"models": sum(sizes[:2]), "lines": {"offload": waiting}}
 
     def describe_run(self) -> dict[str, Any]:
         tasks = list(self.loaded_teachers)
@@ -191,7 +220,14 @@ class DiffusionOPDTrainer(DiffusionTrainer):
                 "showed where it would have gone instead."
             ),
             "teachers": [
-                TeacherRecord(task, teacher.origin, teacher.guidance_scale, teacher.fingerprint, teacher.model is None)
+                TeacherRecord(
+                    task,
+                    teacher.origin,
+                    teacher.guidance_scale,
+                    teacher.fingerprint,
+                    is_lora=teacher.adapter_name is not None,
+                    base=teacher.base,
+                )
                 for task, teacher in self.loaded_teachers.items()
             ],
         }
@@ -204,12 +240,13 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         batches = self.rounds.batches(self.state.global_step, micro_round)
         num_steps = len(self.schedule) - self.args.skip_last_steps
         loss_weight = 1 / (len(batches) * num_steps * self.current_gradient_accumulation_steps)
-        divergences = torch.stack(
-            [
-                self.distill(model, batch, num_steps, loss_weight, is_last_batch=index == len(batches) - 1)
-                for index, batch in enumerate(batches)
-            ]
-        )
+        backbones = [self.teachers[batch.task].model for batch in batches]
+        divergences = []
+        for index, batch in enumerate(batches):
+            self.turns.begin(backbones[index], then=backbones[(index + 1) % len(batches)])
+            is_last_batch = index == len(batches) - 1
+            divergences.append(self.distill(model, batch, num_steps, loss_weight, is_last_batch))
+        divergences = torch.stack(divergences)
         divergences = self.accelerator.reduce(divergences, reduction="mean")
         self.check_finite(divergences, batches)
         self.log_divergences(divergences, batches)
@@ -262,16 +299,29 @@ class DiffusionOPDTrainer(DiffusionTrainer):
     def rollout_metrics(
         self, policy: Policy, batch: TaskBatch, conditioning: Conditioning
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Adds `kl`, the mean divergence from the task's teacher over the steps that are trained."""
+        """
+        Adds `kl`, the mean divergence from the task's teacher over the steps that are trained; and with `eval_fixed_kl` the
+        one at the states of the teacher's own rollout, `fixed_kl`.
+        """
         teacher = self.teachers[batch.task]
+        latents, divergence = self._divergence(policy, teacher, batch, conditioning)
+        metrics = {"kl": divergence}
+        if self.args.eval_fixed_kl:
+            _, metrics["fixed_kl"] = self._divergence(teacher, policy, batch, conditioning)
+        return latents, metrics
+
+    def _divergence(
+        self, policy: Policy, other: Policy, batch: TaskBatch, conditioning: Conditioning
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where the rollout of `policy` ends, and its mean divergence `[B]` from `other` over the trained steps."""
         num_steps = len(self.eval_schedule) - self.args.skip_last_steps
         divergences = []
         for step in self.evaluator.rollout(policy, conditioning, batch.seeds):
             if step.index < num_steps:
                 timestep = self.eval_schedule.timesteps[step.index].to(step.sample.device)
-                target = self.sampler.velocity(teacher, step.sample, timestep, conditioning)
-                divergences.append(step_divergence(step.velocity, target, step.transition))
-        return step.next_sample, {"kl": torch.stack(divergences).mean(0)}
+                velocity = self.sampler.velocity(other, step.sample, timestep, conditioning)
+                divergences.append(step_divergence(step.velocity, velocity, step.transition))
+        return step.next_sample, torch.stack(divergences).mean(0)
 
     # Checks and logs
 

@@ -9,7 +9,7 @@ from ..data.rounds import Prompts, num_prompts
 from ..models.family import PIXELS_AT_ONCE
 from ..models.loading import STUDENT
 from ..rewards.base import Reward
-from ..utils.hardware import format_bytes
+from ..utils.hardware import format_bytes, module_bytes
 from .base_trainer import DiffusionTrainer
 from .disk import checkpoint_bytes
 from .method_plan import format_origin
@@ -28,13 +28,17 @@ def describe_plan(trainer: DiffusionTrainer) -> str:
     rank = trainer.transformer.peft_config[STUDENT].r
     method = trainer.plan()
     estimate = memory_estimate(trainer) | method.memory
-    encoding = estimate["models"] + _bytes(*_text_encoders(trainer))
+    estimate["models"] += method.models
+    encoding = estimate["models"] + module_bytes(*_text_encoders(trainer))
     judges = any(isinstance(reward, Reward) for funcs in trainer.reward_funcs.values() for reward in funcs)
     start = trainer.adapter_origin
     most = max(args.per_device_train_batch_size, args.per_device_eval_batch_size) * height * width
     at_once = min(most, max(PIXELS_AT_ONCE, height * width))
     decoding = (
-        sum(estimate.values()) - estimate["activations"] + _bytes(pipe.vae) + family.decoding_bytes(pipe.vae, at_once)
+        sum(estimate.values())
+        - estimate["activations"]
+        + module_bytes(pipe.vae)
+        + family.decoding_bytes(pipe.vae, at_once)
     )
     peak = max(sum(estimate.values()), encoding, decoding)
     lines = [
@@ -71,7 +75,7 @@ def _amount(data: Prompts) -> str:
 
 def memory_estimate(trainer: DiffusionTrainer) -> dict[str, int]:
     """
-    Bytes on the training device during rounds. Weights and optimizer state are exact; activations are estimated as
+    Bytes on the training device during rounds, without the other models of the method. Weights and optimizer state are exact; activations are estimated as
     what the transformer's blocks keep for the backward (`states_per_block` hidden states each, or one with activation
     checkpointing, of which one block at a time is recomputed).
     """
@@ -85,11 +89,9 @@ def memory_estimate(trainer: DiffusionTrainer) -> dict[str, int]:
     states = family.states_per_block
     kept = blocks + states if args.activation_checkpointing else states * blocks
     return {
-        "models": _bytes(
-            trainer.transformer, *(policy.model for policy in trainer.policies() if policy.model is not None)
-        ),
+        "models": module_bytes(trainer.transformer),
         "gradients, AdamW, average": 4 * _count(trainable) * (4 if trainer.ema is not None else 3),
-        "text encoders": 0 if args.offload_text_encoders else _bytes(*_text_encoders(trainer)),
+        "text encoders": 0 if args.offload_text_encoders else module_bytes(*_text_encoders(trainer)),
         "activations": hidden * kept,
     }
 
@@ -105,9 +107,3 @@ def _count(parameters: list[nn.Parameter]) -> int:
 def _text_encoders(trainer: DiffusionTrainer) -> list[nn.Module]:
     encoders = (getattr(trainer.pipeline, name) for name in trainer.family.text_encoders)
     return [encoder for encoder in encoders if encoder is not None]
-
-
-def _bytes(*modules: nn.Module) -> int:
-    """Size of parameters and buffers (a position embedding can be a large one)."""
-    tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 _DEFINING = ("seed", "bf16", "fp16", "optim")
 _FREE = (
     "allow_changes model_init_kwargs task_weights reward_weights prompt_column prompt_cache_size prompt_batch_size "
-    "offload_text_encoders num_eval_images num_grid_prompts save_curves reward_workers reward_timeout"
+    "offload_text_encoders offload_teachers num_eval_images num_grid_prompts save_curves reward_workers reward_timeout"
 ).split()
 _NOT_TOLD = tuple(
     "allow_changes model_init_kwargs output_dir logging_dir report_to run_name hub_ push_to_hub use_cpu disable_tqdm "

@@ -49,5 +49,11 @@ def on_device(modules: Iterable[nn.Module | None], device: torch.device, offload
                 module.to("cpu")
 
 
+def module_bytes(*modules: nn.Module) -> int:
+    """Size of parameters and buffers (a position embedding can be a large one)."""
+    tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
 def format_bytes(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"

@@ -231,7 +231,7 @@ def test_every_failure_names_the_repository_and_the_remedy(hub, tmp_path, base, 
         repo, page = put(hub, kind, f"here-{kind}", base, teachers)
         expected[f"{kind}|{repo}@v9"] = rf"SourceError {owner}.*'{repo}' has no revision 'v9'.*{page}/commits"
         hub.put(f"me/empty-{kind}", {"a.xyz": b"x"}, repo_type="model" if kind in ("teacher", "base") else "dataset")
-        expected[f"{kind}|me/empty-{kind}"] = rf"SourceError {owner}.*{NO_FILES[kind]}"
+        expected[f"{kind}|me/empty-{kind}"] = rf"(Source|Absent)Error {owner}.*{NO_FILES[kind]}"
     for kind, name in WEIGHTS.items():
         repo, _ = put(hub, kind, f"corrupt-{kind}", base, teachers)
         hub.fail(method="GET", path=rf"{repo}/.*{re.escape(name)}$", times=math.inf, kind="corrupt")

@@ -7,6 +7,7 @@ import pytest
 
 from tests.support.lora_files import diffusers_lora, peft_lora
 from trl_diffusion_opd.hub.locations import Source, parse_source
+from trl_diffusion_opd.models.sd3 import StableDiffusion3
 from trl_diffusion_opd.teachers.config import TeacherConfig, normalize_teachers
 from trl_diffusion_opd.teachers.loading import fetch_teachers
 
@@ -45,5 +46,5 @@ def test_a_broken_teacher_is_told_before_anything_is_loaded(tmp_path, write):
     write(tmp_path / "broken", {"r": "4"})
     teachers = normalize_teachers({"a": str(tmp_path / "right"), "b": str(tmp_path / "broken")})
     with pytest.raises(ValueError, match=r"^teacher 'b' \(.*broken\): .* has `r='4'`, but it must be a whole number"):
-        fetch_teachers(teachers)
-    assert fetch_teachers({"a": teachers["a"]})["a"].path == tmp_path / "right"
+        fetch_teachers(teachers, StableDiffusion3())
+    assert fetch_teachers({"a": teachers["a"]}, StableDiffusion3())["a"].lora.path == tmp_path / "right"
