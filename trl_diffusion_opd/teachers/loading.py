@@ -58,13 +58,17 @@ class Teacher:
         return self.origin.commit
 
 
-def fetch_teachers(configs: Mapping[str, TeacherConfig]) -> dict[str, Resolved]:
+def fetch_teachers(
+    configs: Mapping[str, TeacherConfig], family: ModelFamily | None = None
+) -> dict[str, Resolved]:
     """
     Makes sure that the files of all LoRA teachers are on this machine and can be read, before anything large is loaded.
 
     Args:
         configs (`Mapping[str, TeacherConfig]`):
             What [`normalize_teachers`] returns.
+        family ([`ModelFamily`], *optional*):
+            Family of the base, for LoRAs under the names of other programs.
 
     Returns:
         `dict[str, Resolved]`: the files of each LoRA teacher, by task.
@@ -78,12 +82,16 @@ def fetch_teachers(configs: Mapping[str, TeacherConfig]) -> dict[str, Resolved]:
         if isinstance(config.name_or_path, str | Path):
             source, owner = config.source(), _owner(task, config)
             files[task] = resolve(source, weight_name=config.weight_name, owner=owner)
-            load_lora(source, weight_name=config.weight_name, owner=owner, found=files[task])
+            convert = family and family.convert_lora
+            load_lora(source, weight_name=config.weight_name, owner=owner, found=files[task], convert=convert)
     return files
 
 
 def read_fingerprints(
-    configs: Mapping[str, TeacherConfig], files: Mapping[str, Resolved], guidance_scale: float
+    configs: Mapping[str, TeacherConfig],
+    files: Mapping[str, Resolved],
+    guidance_scale: float,
+    family: ModelFamily | None = None,
 ) -> dict[str, dict[str, Any]]:
     """
     What can be told of teachers before they are loaded.
@@ -93,6 +101,8 @@ def read_fingerprints(
             As of [`load_teachers`].
         files (`Mapping[str, Resolved]`):
             What [`fetch_teachers`] returned.
+        family ([`ModelFamily`], *optional*):
+            As of [`fetch_teachers`].
 
     Returns:
         `dict`: by task, the `guidance_scale`, and of LoRAs the SHA-256 of their tensors in float32, `tensors`, which is
@@ -103,7 +113,11 @@ def read_fingerprints(
         known[task] = {"guidance_scale": _guidance(config, guidance_scale)}
         if task in files:
             weights, _ = load_lora(
-                config.source(), weight_name=config.weight_name, owner=_owner(task, config), found=files[task]
+                config.source(),
+                weight_name=config.weight_name,
+                owner=_owner(task, config),
+                found=files[task],
+                convert=family and family.convert_lora,
             )
             known[task]["tensors"] = weights_sha256({name: t.float() for name, t in weights.state_dict.items()})
     return known
@@ -153,7 +167,7 @@ def load_teachers(
     """
     loaded = {}
     configs = normalize_teachers(teachers)
-    files = fetch_teachers(configs) if files is None else files
+    files = fetch_teachers(configs, family) if files is None else files
     for index, (task, config) in enumerate(tqdm(configs.items(), desc="Loading teachers", disable=not show_progress)):
         teacher = Teacher(
             name=task,
@@ -167,7 +181,9 @@ def load_teachers(
         if isinstance(config.name_or_path, str | Path):
             source, owner = config.source(), _owner(task, config)
             teacher.adapter_name = f"teacher_{index}"
-            weights, teacher.origin = load_lora(source, weight_name=config.weight_name, owner=owner, found=files[task])
+            weights, teacher.origin = load_lora(
+                source, weight_name=config.weight_name, owner=owner, found=files[task], convert=family.convert_lora
+            )
             teacher.source = str(source)
             add_lora(transformer, weights, teacher.adapter_name)
             if has_no_effect(weights.state_dict, lora_scaling(transformer, teacher.adapter_name)):

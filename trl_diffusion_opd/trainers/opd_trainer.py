@@ -134,7 +134,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         check_tasks(self._teacher_configs, tasks)
 
     def fetch_models(self) -> None:
-        self._teacher_files = fetch_teachers(self._teacher_configs)
+        self._teacher_files = fetch_teachers(self._teacher_configs, self.family)
 
     def add_models(self, args: DiffusionOPDConfig) -> None:
         self.loaded_teachers = load_teachers(
@@ -159,7 +159,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         }
 
     def known_sources(self, args: DiffusionOPDConfig) -> dict[str, Any]:
-        teachers = read_fingerprints(self._teacher_configs, self._teacher_files, args.guidance_scale)
+        teachers = read_fingerprints(self._teacher_configs, self._teacher_files, args.guidance_scale, self.family)
         return {**super().known_sources(args), "teachers": teachers}
 
     @property

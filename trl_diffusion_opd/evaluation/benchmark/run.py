@@ -118,7 +118,7 @@ def _prepare(arguments: EvaluationArguments, accelerator: Accelerator) -> _Plan:
     scorers = make_scorers(suites, accelerator.device, arguments.reward_options)
     with accelerator.main_process_first():
         origin, family = check_pipeline(arguments.model)
-        loras = load_loras(arguments.loras)
+        loras = load_loras(arguments.loras, family)
     sets = _by_main(accelerator, lambda: {suite.name: _load_prompts(folder, suite) for suite in suites})
     rows = {name: found for name, (found, _) in sets.items()}
     check_scorers(scorers, rows)
