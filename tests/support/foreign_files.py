@@ -143,7 +143,8 @@ def updates_of(weights: LoraWeights, modules: Iterable[str]) -> dict[str, torch.
 
     pairs = {m: [weights.state_dict[f"{m}.lora_{kind}.weight"].double() for kind in "BA"] for m in modules}
     return {
-        m: module_alpha(weights.config, m) / module_rank(weights.config, m) * up @ down for m, (up, down) in pairs.items()
+        m: module_alpha(weights.config, m) / module_rank(weights.config, m) * up @ down
+        for m, (up, down) in pairs.items()
     }
 
 

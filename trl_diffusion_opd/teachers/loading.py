@@ -58,9 +58,7 @@ class Teacher:
         return self.origin.commit
 
 
-def fetch_teachers(
-    configs: Mapping[str, TeacherConfig], family: ModelFamily | None = None
-) -> dict[str, Resolved]:
+def fetch_teachers(configs: Mapping[str, TeacherConfig], family: ModelFamily | None = None) -> dict[str, Resolved]:
     """
     Makes sure that the files of all LoRA teachers are on this machine and can be read, before anything large is loaded.
 

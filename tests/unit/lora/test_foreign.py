@@ -71,7 +71,9 @@ def test_names_of_diffusers_with_alpha(tmp_path, family, prefix):
     # As a prefix of its own: the pipelines' converters do not pass on all of these modules.
     transformer.load_lora_adapter(plain, prefix="transformer", adapter_name="stock")
     weights = read(family, tensors, tmp_path)
-    assert modules_of(weights) == {name.removesuffix(".alpha").removeprefix(prefix) for name in tensors if "alpha" in name}
+    assert modules_of(weights) == {
+        name.removesuffix(".alpha").removeprefix(prefix) for name in tensors if "alpha" in name
+    }
     assert_close(velocity_with(family, weights), velocity_of(family, transformer))
 
 
@@ -157,9 +159,15 @@ REFUSALS = {
     "tucker LoKr": ({f"{PROJ}.lokr_t2": draw(2, 2, 3, 3)}, "a decomposition for convolutions"),
     "text encoder": ({"lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha": draw(1)}, "also changes a text encoder"),
     "T5": ({"text_encoders.t5xxl.transformer.x.lora_A.weight": draw(2, 4)}, "also changes a text encoder"),
-    "unknown kind": ({f"{PROJ}.glora_a1": draw(2, 4)}, "which is no tensor of a LoRA, LoHa, LoKr or DoRA that is known"),
+    "unknown kind": (
+        {f"{PROJ}.glora_a1": draw(2, 4)},
+        "which is no tensor of a LoRA, LoHa, LoKr or DoRA that is known",
+    ),
     "no kind": ({"something": draw(2)}, "which is no tensor of a LoRA"),
-    "unknown module": ({"lora_unet_joint_blocks_0_x_block_other.alpha": draw(1)}, "no module of this family is called"),
+    "unknown module": (
+        {"lora_unet_joint_blocks_0_x_block_other.alpha": draw(1)},
+        "no module of this family is called",
+    ),
     "other family": ({"lora_unet_double_blocks_0_img_attn_proj.alpha": draw(1)}, "trained for another base model"),
     "pattern": ({"diffusion_model.joint_blocks.{}.x_block.attn.proj.alpha": draw(1)}, "no module of this family"),
     "number": ({"diffusion_model.joint_blocks.007.x_block.attn.proj.alpha": draw(1)}, "no module of this family"),
@@ -178,7 +186,10 @@ REFUSALS = {
     "huge alpha": ({f"{PROJ}.alpha": torch.tensor(1e30)}, "it is multiplied by 1e.30, but more than 65504"),
     "integers": ({f"{PROJ}.lora_up.weight": torch.ones(32, 1, dtype=torch.int8)}, "are not floating-point weights"),
     "convolution's shape": ({f"{PROJ}.lora_down.weight": draw(1, 32, 3, 3)}, "only those of linear layers"),
-    "magnitudes of the inputs": ({f"{PROJ}.dora_scale": draw(1, 32)}, r"only magnitudes of the 32 outputs \(\[32, 1\]\)"),
+    "magnitudes of the inputs": (
+        {f"{PROJ}.dora_scale": draw(1, 32)},
+        r"only magnitudes of the 32 outputs \(\[32, 1\]\)",
+    ),
 }
 
 
@@ -214,7 +225,9 @@ def test_a_family_without_names(tmp_path):
         pipeline_class = type("OtherPipeline", (), {})
 
     save_file(kohya(FUSED), tmp_path / "lora.safetensors")
-    with pytest.raises(ValueError, match="modules of a OtherPipeline are not known, only those of StableDiffusion3Pip"):
+    with pytest.raises(
+        ValueError, match="modules of a OtherPipeline are not known, only those of StableDiffusion3Pip"
+    ):
         read_lora(tmp_path / "lora.safetensors", owner="mine", convert=Other().convert_lora)
 
 
