@@ -105,6 +105,11 @@ def read_lora(
         saved_format, where, options = "diffusers", f"the metadata of {file.name!r}", None
         _check_text_encoders(tensors, file, owner)
         if convert is not None and is_foreign(tensors):
+            if _diffusers_options(header, where, owner):
+                raise ValueError(
+                    f"{owner}: {file.name!r} has options of diffusers in its metadata, and tensors under the names of "
+                    "another program, which has others. Remove the metadata, or save the LoRA again."
+                )
             saved_format, tensors = "other", _converted(lambda: convert(tensors), file, owner)
         else:
             _check_diffusers_names(tensors, file, owner)

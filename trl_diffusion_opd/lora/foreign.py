@@ -174,14 +174,16 @@ def _factors(kinds: dict[str, torch.Tensor]) -> tuple[int | None, tuple[torch.Te
         return down.shape[0], (up, down)
     if names == {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}:
         first, second = ((kinds[f"hada_w{number}_a"], kinds[f"hada_w{number}_b"]) for number in (1, 2))
-        return first[1].shape[0], loha(first, second)
+        pair = loha(first, second)
+        return first[1].shape[0], pair
     for first in ({"lokr_w1"}, {"lokr_w1_a", "lokr_w1_b"}):
         for second in ({"lokr_w2"}, {"lokr_w2_a", "lokr_w2_b"}):
             if names == first | second:
                 factors = [tuple(kinds[name] for name in sorted(own)) for own in (first, second)]
+                pair = lokr(*factors)
                 ranks = [factor[1].shape[0] for factor in factors if len(factor) == 2]
-                return ranks[-1] if ranks else None, lokr(*factors)
-    raise ValueError(f"it has only {', '.join(sorted(names)) or 'an alpha'}, so tensors are missing or of two kinds")
+                return ranks[-1] if ranks else None, pair
+    raise ValueError(f"its matrices are {', '.join(sorted(names)) or 'missing'}, which is not one LoRA, LoHa or LoKr")
 
 
 def _matrix(tensor: torch.Tensor) -> torch.Tensor:

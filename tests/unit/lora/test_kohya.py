@@ -85,7 +85,7 @@ def test_diffusers_gives_the_same_updates(tmp_path, family, options):
         torch.testing.assert_close(up @ down, update, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("family", BUILDERS)
 def test_there_and_back(tmp_path, family, seed):
     weights = lora_of(family, seed, without=NOT_WRITTEN.get(family, ()))

@@ -244,7 +244,11 @@ REFUSALS = {
     ),
     "a factor twice": (
         {f"{QKV}.lokr_w1": draw(12, 4), f"{QKV}.lokr_w1_a": draw(12, 1), f"{QKV}.lokr_w2": draw(8, 8)},
-        "it has only lokr_w1, lokr_w1_a, lokr_w2, so tensors are missing or of two kinds",
+        "its matrices are lokr_w1, lokr_w1_a, lokr_w2, which is not one LoRA, LoHa or LoKr",
+    ),
+    "no matrix": (
+        {f"{QKV}.lokr_w1": draw(12, 4), f"{QKV}.lokr_w2_a": draw(8, 2), f"{QKV}.lokr_w2_b": torch.tensor(1.0)},
+        r"a factor has the shape \[\], but only those of linear layers",
     ),
     "an absurd size": (
         {f"{QKV}.lokr_w1": draw(600, 1), f"{QKV}.lokr_w2": draw(600, 1)},
