@@ -68,9 +68,13 @@ def write_kohya(folder: Path, state_dict: Mapping[str, torch.Tensor], config: Lo
     Writes a LoRA under the names of kohya's scripts, which ComfyUI and programs built on these scripts load.
 
     They are `lora_unet_` and the module's name in the original checkpoint, where queries, keys and values are one
-    module. Checked for each family of [`TABLES`]: with every linear layer of the transformer, the original checkpoint
-    plus `alpha / rank * up @ down` is the original form of the adapted model (Stable Diffusion 3), or diffusers' own
-    converter gives the same updates back (the others). No other program was run.
+    module. What was checked, with LoRAs of all linear layers:
+
+    - Stable Diffusion 3: added to an original checkpoint, as ComfyUI adds it, the file gives the adapted velocity.
+    - Qwen-Image: diffusers' own converter gives the same updates back.
+    - Z-Image, FLUX.2 klein, FLUX.1: so it does but for the layers before and after the blocks (Z-Image), the modulations
+      (klein), and the last layers and queries, keys and values of narrow single blocks (FLUX.1), which it does not
+      know, or not the alpha of. These come back the same through [`~lora.foreign.to_diffusers`].
 
     Raises:
         `ValueError`: the LoRA holds magnitudes (DoRA) or biases, or a module that has no such name.

@@ -211,8 +211,8 @@ def test_a_teacher_of_another_family_is_refused(tmp_path):
 
 
 def test_only_its_own_files_name_stable_diffusion_3():
-    """In code; docstrings and comments may have it as an example. The registry and the public names have to."""
-    own = {"models/sd3.py", "models/sd3_sde_pipeline.py", "models/registry.py", "__init__.py"}
+    """In code; docstrings and comments may have it as an example. The registry, the tables of names and the public names have to."""
+    own = {"models/sd3.py", "models/sd3_sde_pipeline.py", "models/registry.py", "lora/names.py", "__init__.py"}
     named = re.compile(r"SD3|StableDiffusion3|sd3_|text_encoder_[23]|pos_embed_max_size|joint_attention|pooled_pro")
     found = []
     for file in sorted(PACKAGE.rglob("*.py")):
