@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiny distillation runs of any model family, and the images of its stock pipeline."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -52,9 +53,12 @@ def make_family_teacher(name: str, folder: Path, seed: int) -> str:
 
 
 def make_family_trainer(name: str, folder: Path, *, model=None, **settings) -> DiffusionOPDTrainer:
+    rank = os.environ.get("RANK", "0")  # each process writes its own
     return DiffusionOPDTrainer(
         model=model or family_pipeline(name),
-        teachers={task: make_family_teacher(name, folder / task, seed) for seed, task in enumerate(PROMPTS)},
+        teachers={
+            task: make_family_teacher(name, folder / f"{task}_{rank}", seed) for seed, task in enumerate(PROMPTS)
+        },
         args=DiffusionOPDConfig(output_dir=str(folder / "out"), **{**SETTINGS, **settings}),
         train_dataset=PROMPTS,
         eval_dataset=PROMPTS,

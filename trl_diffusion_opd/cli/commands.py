@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..models.registry import DEFAULT_PIPELINE
 from ..rewards import REWARDS
 
 
@@ -85,10 +86,15 @@ def card(folder: str, repo_id: str | None = None, base_model: str | None = None,
     print(Path(folder) / "README.md")
 
 
-def convert(**arguments) -> None:
+def convert(base: str | None = None, **arguments) -> None:
     from ..lora.convert import convert_lora
+    from ..lora.names import TABLES
 
-    print(convert_lora(**arguments))
+    if base is not None and base not in TABLES:
+        from ..models.loading import check_pipeline
+
+        base = check_pipeline(base, owner="--base")[1].pipeline_class.__name__
+    print(convert_lora(**arguments, base=base))
 
 
 def space(student: str, **arguments) -> None:
@@ -161,6 +167,12 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
         help="format to write; by default diffusers or PEFT, whichever SOURCE is not",
     )
     parser.add_argument(
+        "--base",
+        metavar="PIPELINE",
+        help=f"folder or Hub id of the base, or the class of its pipeline (such as {DEFAULT_PIPELINE}): to read files of kohya, "
+        "ComfyUI and ai-toolkit, and to write --to comfyui under the names of kohya's scripts",
+    )
+    parser.add_argument(
         "--weight_name",
         metavar="FILE",
         help="file inside SOURCE; by default adapter_model.safetensors or pytorch_lora_weights.safetensors",
@@ -215,8 +227,9 @@ COMMANDS = {
         card,
     ),
     "convert": Command(
-        "convert a LoRA between the formats of diffusers, PEFT and ComfyUI",
-        "Converts a LoRA between the formats of diffusers, PEFT and ComfyUI, exactly, and prints the path of the file.",
+        "convert a LoRA between the formats of diffusers, PEFT, ComfyUI and kohya",
+        "Converts a LoRA between the formats of diffusers, PEFT, ComfyUI and kohya, exactly, and prints the path of the "
+        "file.",
         _convert_arguments,
         convert,
         f"For a private or gated SOURCE: {TOKEN[0].lower()}{TOKEN[1:]}",

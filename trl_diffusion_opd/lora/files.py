@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading LoRA files in the formats of diffusers and PEFT, strictly: nothing is skipped."""
+"""Reading LoRA files, in the formats of diffusers and PEFT or converted to them, strictly: nothing is skipped."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,26 @@ from ..hub.locations import (
     parse_source,
 )
 from .checks import check_alphas, check_tensors, check_update, pop_alphas, some
+from .foreign import TEXT_ENCODERS, from_peft, is_foreign
 from .options import infer_config, make_config, parse_options
 from .writing import DIFFUSERS_PREFIX, METADATA_KEY, PEFT_PREFIX
+
+
+# Names the tensors of another program's LoRA as diffusers does, with `alpha` tensors.
+Converter = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+
+
+# Options that LoHa and LoKr have in common with LoRA.
+_SHARED_OPTIONS = (
+    "r",
+    "rank_pattern",
+    "alpha_pattern",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "modules_to_save",
+)
 
 
 @dataclass
@@ -39,7 +57,7 @@ class LoraWeights:
         owner (`str`, *optional*, defaults to `"LoRA"`):
             Whose weights these are, for the error messages.
         saved_format (`str`, *optional*, defaults to `"diffusers"`):
-            Format of the file, `"diffusers"` or `"peft"`.
+            Format of the file, `"diffusers"`, `"peft"` or `"other"`.
         saved_options (`dict`, *optional*):
             The config as the file has it, with what `config` leaves out; not set if the file has none.
     """
@@ -51,9 +69,15 @@ class LoraWeights:
     saved_options: dict[str, Any] | None = None
 
 
-def read_lora(path: str | Path, *, weight_name: str | None = None, owner: str = "LoRA") -> LoraWeights:
+def read_lora(
+    path: str | Path,
+    *,
+    weight_name: str | None = None,
+    owner: str = "LoRA",
+    convert: Converter | None = None,
+) -> LoraWeights:
     """
-    Reads a LoRA of the transformer in the diffusers or the PEFT format; which one is told by the tensor names.
+    Reads a LoRA of the transformer; its format is told by the tensor names. PEFT's LoHa and LoKr become LoRAs.
 
     Args:
         path (`str` or `Path`):
@@ -62,6 +86,8 @@ def read_lora(path: str | Path, *, weight_name: str | None = None, owner: str = 
             File inside the folder. By default `adapter_model.safetensors` or `pytorch_lora_weights.safetensors`.
         owner (`str`, *optional*, defaults to `"LoRA"`):
             Whose weights these are, for the error messages.
+        convert (`Callable`, *optional*):
+            [`ModelFamily.convert_lora`], for files of other programs. Without it they are refused.
 
     Returns:
         [`LoraWeights`]: the tensors and their exact config. A diffusers file without metadata does not say its alpha:
@@ -70,13 +96,25 @@ def read_lora(path: str | Path, *, weight_name: str | None = None, owner: str = 
     file = _find_file(Path(path), weight_name, owner)
     tensors, header = _read_tensors(file, owner)
     if all(name.startswith(PEFT_PREFIX) for name in tensors):
-        saved_format, prefix, where = "peft", PEFT_PREFIX, repr(PEFT_CONFIG_NAME)
+        saved_format, where = "peft", repr(PEFT_CONFIG_NAME)
         options = _read_peft_options(file.with_name(PEFT_CONFIG_NAME), owner)
+        state_dict = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()}
+        if options.get("peft_type") in ("LOHA", "LOKR"):
+            state_dict, options = _product(state_dict, options, where, file, owner), None
     else:
-        saved_format, prefix, where = "diffusers", DIFFUSERS_PREFIX, f"the metadata of {file.name!r}"
-        _check_diffusers_names(tensors, file, owner)
-        options = _diffusers_options(header, where, owner)
-    state_dict = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        saved_format, where, options = "diffusers", f"the metadata of {file.name!r}", None
+        _check_text_encoders(tensors, file, owner)
+        if convert is not None and is_foreign(tensors):
+            if _diffusers_options(header, where, owner):
+                raise ValueError(
+                    f"{owner}: {file.name!r} has options of diffusers in its metadata, and tensors under the names of "
+                    "another program, which has others. Remove the metadata, or save the LoRA again."
+                )
+            saved_format, tensors = "other", _converted(lambda: convert(tensors), file, owner)
+        else:
+            _check_diffusers_names(tensors, file, owner)
+            options = _diffusers_options(header, where, owner)
+        state_dict = {name.removeprefix(DIFFUSERS_PREFIX): tensor for name, tensor in tensors.items()}
     alphas = pop_alphas(state_dict, file, owner)
     if options is None:
         _check_kinds(state_dict, file, owner)
@@ -94,6 +132,7 @@ def load_lora(
     weight_name: str | None = None,
     owner: str = "LoRA",
     found: Resolved | None = None,
+    convert: Converter | None = None,
 ) -> tuple[LoraWeights, Origin]:
     """
     Finds a LoRA, on the Hub or on this machine, and reads it.
@@ -107,6 +146,8 @@ def load_lora(
             Whose weights these are, for the error messages.
         found ([`Resolved`], *optional*):
             What [`resolve`] returned for `source`, which is called if it is not given.
+        convert (`Callable`, *optional*):
+            [`ModelFamily.convert_lora`], for files of other programs.
 
     Returns:
         `tuple[LoraWeights, Origin]`: the LoRA, and where it came from, with the commit.
@@ -117,7 +158,7 @@ def load_lora(
     """
     source = source if isinstance(source, Source) else parse_source(source)
     found = found or resolve(source, weight_name=weight_name, owner=owner)
-    weights = read_lora(found.path, weight_name=weight_name, owner=owner)
+    weights = read_lora(found.path, weight_name=weight_name, owner=owner, convert=convert)
     return weights, Origin.of_source(source, found.commit)
 
 
@@ -159,19 +200,41 @@ def _read_tensors(file: Path, owner: str) -> tuple[dict[str, torch.Tensor], dict
     return tensors, header
 
 
-def _check_diffusers_names(tensors: Iterable[str], file: Path, owner: str) -> None:
-    encoder = [name for name in tensors if name.startswith("text_encoder")]
+def _converted(convert: Callable[[], dict[str, torch.Tensor]], file: Path, owner: str) -> dict[str, torch.Tensor]:
+    try:
+        tensors = convert()
+    except ValueError as error:
+        raise ValueError(f"{owner}: {file.name!r} {str(error).removesuffix('.')}.") from error
+    check_tensors(tensors, file, owner)
+    return tensors
+
+
+def _product(
+    state_dict: dict[str, torch.Tensor], options: dict[str, Any], where: str, file: Path, owner: str
+) -> dict[str, torch.Tensor]:
+    """A LoHa or LoKr of PEFT as a LoRA. Its options are named as a LoRA's, but for alpha and the training's own."""
+    known = {name: value for name, value in options.items() if name in _SHARED_OPTIONS}
+    config = make_config({**known, "lora_alpha": options.get("alpha", 8)}, where, owner)
+    return _converted(lambda: from_peft(state_dict, config), file, owner)
+
+
+def _check_text_encoders(tensors: Iterable[str], file: Path, owner: str) -> None:
+    encoder = [name for name in tensors if name.startswith(TEXT_ENCODERS)]
     if encoder:
         raise ValueError(
             f"{owner}: {file.name!r} also changes a text encoder ({some(encoder)}), but only the transformer may be "
             "changed, because all models are given the same text embeddings. Train or save it without them."
         )
+
+
+def _check_diffusers_names(tensors: Iterable[str], file: Path, owner: str) -> None:
     unknown = [name for name in tensors if not name.startswith(DIFFUSERS_PREFIX)]
     if unknown:
         raise ValueError(
             f"{owner}: {file.name!r} is neither in the diffusers format (names start with {DIFFUSERS_PREFIX!r}) nor "
-            f"in the PEFT format ({PEFT_PREFIX!r}): {some(unknown)}. If `load_lora_weights` of a diffusers pipeline "
-            "can read it, load it there and save it with `save_lora_weights`."
+            f"in the PEFT format ({PEFT_PREFIX!r}): {some(unknown)}. If it is of kohya, ComfyUI or ai-toolkit, convert "
+            "it (`trl-diffusion-opd convert --base`); if `load_lora_weights` of a diffusers pipeline can read it, load it "
+            "there and save it with `save_lora_weights`."
         )
 
 

@@ -229,10 +229,14 @@ def infer_config(state_dict: dict[str, torch.Tensor], alphas: dict[str, float]) 
             ranks.setdefault(module, tensor.shape[1])
     alphas = {module: alphas.get(module, rank) for module, rank in ranks.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    targets: str | list[str] = sorted(ranks)
+    if any("." not in module for module in targets):
+        # As a name in a list, `proj_out` would also be the `proj_out` of each block.
+        targets = "|".join(map(re.escape, targets))
     return LoraConfig(
         r=rank,
         lora_alpha=alpha,
-        target_modules=sorted(ranks),
+        target_modules=targets,
         rank_pattern={f"^{re.escape(module)}": value for module, value in ranks.items() if value != rank},
         alpha_pattern={f"^{re.escape(module)}": value for module, value in alphas.items() if value != alpha},
         use_dora=any("lora_magnitude_vector" in name for name in state_dict),

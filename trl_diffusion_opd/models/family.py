@@ -11,6 +11,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from ..lora.foreign import to_diffusers
+from ..lora.names import names_of
 from ..sampling.denoising import Schedule, make_schedule
 
 
@@ -272,6 +274,17 @@ class ModelFamily(ABC):
             return conditional
         unconditional = self.predict(transformer, sample, timestep, negative, guidance_scale)
         return self.guide(conditional, unconditional, guidance_scale)
+
+    # LoRAs of other programs
+
+    def convert_lora(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """
+        Names the tensors of a kohya, ComfyUI or ai-toolkit LoRA as diffusers does. See [`~lora.foreign.to_diffusers`].
+
+        Raises:
+            `ValueError`: one has no place or cannot be held exactly, or the names of this family are not known.
+        """
+        return to_diffusers(tensors, names_of(self.pipeline_class.__name__))
 
     # What is told to others
 

@@ -88,12 +88,15 @@ def fetch_teachers(configs: Mapping[str, TeacherConfig], family: ModelFamily) ->
     for task, config in configs.items():
         found[task] = find_teacher(task, config, family)
         if found[task].lora is not None:
-            _load_lora(task, config, found[task])
+            _load_lora(task, config, found[task], family)
     return found
 
 
 def read_fingerprints(
-    configs: Mapping[str, TeacherConfig], files: Mapping[str, FoundTeacher], guidance_scale: float
+    configs: Mapping[str, TeacherConfig],
+    files: Mapping[str, FoundTeacher],
+    guidance_scale: float,
+    family: ModelFamily,
 ) -> dict[str, dict[str, Any]]:
     """
     What can be told of teachers before they are loaded.
@@ -103,6 +106,8 @@ def read_fingerprints(
             As of [`load_teachers`].
         files (`Mapping[str, FoundTeacher]`):
             What [`fetch_teachers`] returned.
+        family ([`ModelFamily`]):
+            As of [`fetch_teachers`].
 
     Returns:
         `dict`: by task, the `guidance_scale`; the `backbone`, with its repository and its sizes if it is not that of the
@@ -116,14 +121,21 @@ def read_fingerprints(
         if found.other is not None:
             known[task]["backbone"] = found.other.told()
         if found.lora is not None:
-            weights, _ = _load_lora(task, config, found)
+            weights, _ = _load_lora(task, config, found, family)
             known[task]["tensors"] = weights_sha256({name: t.float() for name, t in weights.state_dict.items()})
     return known
 
 
-def _load_lora(task: str, config: TeacherConfig, found: FoundTeacher) -> tuple[LoraWeights, Origin]:
-    owner = owner_of(task, config)
-    return load_lora(config.source(), weight_name=config.weight_name, owner=owner, found=found.lora)
+def _load_lora(
+    task: str, config: TeacherConfig, found: FoundTeacher, family: ModelFamily
+) -> tuple[LoraWeights, Origin]:
+    return load_lora(
+        config.source(),
+        weight_name=config.weight_name,
+        owner=owner_of(task, config),
+        found=found.lora,
+        convert=family.convert_lora,
+    )
 
 
 def _guidance(config: TeacherConfig, guidance_scale: float) -> float:
@@ -189,7 +201,7 @@ def load_teachers(
             teacher.base = None if found.other is None else found.other.origin
             teacher.adapter_name = f"teacher_{index}"
             teacher.adapters = (teacher.adapter_name,)
-            weights, teacher.origin = _load_lora(task, config, found)
+            weights, teacher.origin = _load_lora(task, config, found, family)
             add_lora(host, weights, teacher.adapter_name)
             if has_no_effect(weights.state_dict, lora_scaling(host, teacher.adapter_name)):
                 logger.warning(

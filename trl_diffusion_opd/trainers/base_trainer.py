@@ -151,7 +151,9 @@ class DiffusionTrainer(EvaluatingTrainer):
         """Loads base and student and adds the method's models; returns the parameters to train."""
         start = self.adapter_origin = None
         if adapter is not None:
-            start, self.adapter_origin = load_lora(adapter, owner=f"adapter {str(adapter)!r}")
+            start, self.adapter_origin = load_lora(
+                adapter, owner=f"adapter {str(adapter)!r}", convert=self.family.convert_lora
+            )
         if peft_config is None and start is not None:
             peft_config = start.config
         transformer_config = self.configs("transformer")

@@ -179,7 +179,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         }
 
     def known_sources(self, args: DiffusionOPDConfig) -> dict[str, Any]:
-        teachers = read_fingerprints(self._teacher_configs, self._teacher_files, args.guidance_scale)
+        teachers = read_fingerprints(self._teacher_configs, self._teacher_files, args.guidance_scale, self.family)
         return {**super().known_sources(args), "teachers": teachers}
 
     @property

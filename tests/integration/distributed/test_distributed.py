@@ -11,11 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support import distributed_rl_run
+from tests.support import distributed_families, distributed_rl_run
 
 
 SCRIPT = Path(__file__).parents[2] / "support" / "distributed_run.py"
 RL_SCRIPT = Path(__file__).parents[2] / "support" / "distributed_rl_run.py"
+FAMILIES_SCRIPT = Path(__file__).parents[2] / "support" / "distributed_families.py"
 CONFIGS = Path(__file__).parents[3] / "examples" / "accelerate_configs"
 
 
@@ -48,6 +49,21 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
     assert two["reductions"] == [0] * 3, "one reduction in each of 3 rounds"
     assert (tmp_path / "two" / "out" / "checkpoint-3" / "rng_state_1.pth").is_file()
     assert (tmp_path / "two" / "out" / "images" / "step_000003.png").is_file()
+
+
+def test_two_processes_of_every_family_equal_one(tmp_path):
+    (tmp_path / "one").mkdir()
+    distributed_families.main(tmp_path / "one", 2)
+    one = json.loads((tmp_path / "one" / "result.json").read_text())
+    two = launch(FAMILIES_SCRIPT, tmp_path / "two", 2, 1)
+    assert (one["processes"], two["processes"]) == (1, 2)
+    for name, losses in one["losses"].items():
+        assert two["losses"][name] == pytest.approx(losses, rel=1e-3), name
+        first, second = (
+            load_file(tmp_path / run / name / "out" / "pytorch_lora_weights.safetensors") for run in ("one", "two")
+        )
+        for tensor in first:
+            torch.testing.assert_close(second[tensor], first[tensor], rtol=1e-2, atol=1e-4, msg=f"{name} {tensor}")
 
 
 def test_two_processes_learn_from_the_same_rewards_as_one(tmp_path):

@@ -23,6 +23,7 @@ PUBLISHED = {
 }
 RECIPES = {
     "sd35_medium": "DiffusionOPD",
+    "sd35_large_to_medium": "DiffusionOPD",
     "sd35_grpo_guard_ocr": "GRPO-Guard",
     "sd35_grpo_guard_aesthetic": "GRPO-Guard",
     "sd35_joint_grpo_guard": "GRPO-Guard",

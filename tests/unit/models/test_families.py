@@ -213,7 +213,7 @@ def test_a_teacher_of_another_family_is_refused(tmp_path):
 def test_only_the_files_of_families_name_them():
     """In code; docstrings and comments may have it as an example. The registry and the public names have to."""
     families = {f"models/{place.partition(':')[0]}.py" for place in FAMILIES.values() if isinstance(place, str)}
-    own = {*families, "models/sd3_sde_pipeline.py", "models/registry.py", "__init__.py"}
+    own = {*families, "models/sd3_sde_pipeline.py", "models/registry.py", "lora/names.py", "__init__.py"}
     named = re.compile(
         r"SD3|StableDiffusion3|sd3_|text_encoder_[23]|pos_embed_max_size|joint_attention_|pooled_pro"
         r"|ZImage|Flux|FLUX|QwenImage|klein|is_distilled|guidance_embeds|true_cfg"

@@ -9,6 +9,7 @@ from pathlib import Path
 from ...hub.locations import Origin
 from ...lora.files import LoraWeights, load_lora
 from ...lora.fingerprints import lora_sha256
+from ...models.family import ModelFamily
 
 
 BASE = "base"
@@ -122,9 +123,9 @@ def _merges(words: Sequence[str], names: Sequence[str]) -> Iterator[tuple[str, t
         yield how, own
 
 
-def load_loras(sources: Mapping[str, str | Path]) -> dict[str, Lora]:
+def load_loras(sources: Mapping[str, str | Path], family: ModelFamily | None = None) -> dict[str, Lora]:
     """
-    Fetches and reads LoRAs.
+    Fetches and reads LoRAs, those of other programs under the names that they give to the modules of this family.
 
     Raises:
         `SourceError`: one cannot be found or fetched.
@@ -132,6 +133,6 @@ def load_loras(sources: Mapping[str, str | Path]) -> dict[str, Lora]:
     """
     loras = {}
     for name, source in sources.items():
-        weights, origin = load_lora(source, owner=f"LoRA {name!r} ({source})")
+        weights, origin = load_lora(source, owner=f"LoRA {name!r} ({source})", convert=family and family.convert_lora)
         loras[name] = Lora(weights, origin, lora_sha256(weights))
     return loras

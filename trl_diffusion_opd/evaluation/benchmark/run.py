@@ -127,7 +127,7 @@ def _prepare(arguments: EvaluationArguments, accelerator: Accelerator) -> _Plan:
     for entry in entries:
         family.check_guidance(configs, entry.guidance_scale)
     with accelerator.main_process_first():
-        loras = load_loras(arguments.loras)
+        loras = load_loras(arguments.loras, family)
     length = arguments.max_sequence_length or defaults.max_sequence_length
     if length > family.longest_prompt:
         raise ValueError(
