@@ -21,7 +21,7 @@ def main(folder: Path, batch_size: int) -> None:
         if name == "sd3":
             continue
         trainer = make_family_trainer(
-            name, folder / name, per_device_train_batch_size=batch_size, max_steps=3, activation_checkpointing=True
+            name, folder / name, per_device_train_batch_size=batch_size, max_steps=2, activation_checkpointing=True
         )
         trainer.train()
         trainer.save_model()

@@ -350,4 +350,4 @@ def test_shipped_recipes_are_valid(path):
     )
     sources = script_args.teachers if method is METHODS["opd"] else script_args.reward_funcs
     assert recipe == path and set(sources) == set(script_args.datasets) == set(script_args.eval_datasets)
-    assert config.num_inference_steps == 10
+    assert config.num_inference_steps in (10, None)

@@ -175,7 +175,7 @@ def test_without_a_record_the_card_tells(tmp_path):
     (student / "README.md").write_text(f"---\nbase_model: {BASE}\nwidget:\n- text: one red circle\n---\n# Title\n")
     demo = json.loads((write_space(tmp_path / "demo", student) / "demo.json").read_text())
     assert demo["title"] == "student" and demo["base"] == {"id": str(BASE)}
-    assert demo["prompts"] == {"examples": ["one red circle"]} and demo["defaults"]["num_inference_steps"] == 28
+    assert demo["prompts"] == {"examples": ["one red circle"]} and demo["defaults"]["num_inference_steps"] == 40
 
 
 def test_what_cannot_be_shown_is_refused(tmp_path):
@@ -189,8 +189,8 @@ def test_what_cannot_be_shown_is_refused(tmp_path):
     with pytest.raises(SourceError, match="student: there is no 'pytorch_lora_weights.safetensors'"):
         write_space(tmp_path / "demo", tmp_path, base=BASE)
     other = shutil.copytree(BASE, tmp_path / "other")
-    (other / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    with pytest.raises(ValueError, match="is a 'FluxPipeline', and the demo is made for a 'StableDiffusion3Pipeline'"):
+    (other / "model_index.json").write_text('{"_class_name": "KolorsPipeline"}')
+    with pytest.raises(ValueError, match="is a 'KolorsPipeline', and the demo is made for a 'Flux2KleinPipeline' or"):
         write_space(tmp_path / "demo", student, base=other)
     with open(other / "vae" / "large.safetensors", "wb") as file:
         file.truncate(201 * 2**20)

@@ -258,7 +258,7 @@ def test_every_failure_names_the_repository_and_the_remedy(hub, tmp_path, base, 
     assert {result["item"] for result in results} == set(expected)
     for result in results:
         assert re.match(expected[result["item"]], result["outcome"]), result
-    assert fetched(hub, "me/base") == {"model_index.json"}
+    assert fetched(hub, "me/base") == {"model_index.json", "transformer/config.json"}
     kept = [path.parent for path in (tmp_path / "home").rglob("blobs/*") if path.stat().st_size > 3000]
     assert not [folder for folder in kept if "corrupt-teacher" in str(folder)], "what arrived damaged is thrown away"
 

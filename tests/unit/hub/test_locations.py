@@ -137,7 +137,7 @@ class TestResolve:
             "me/forbidden": r"SourceError teacher 'ocr': .*refused access \(HTTP 403\).*auth login",
             "me/down": r"SourceError teacher 'ocr': .*HTTP 500.*later",
             "me/teachers/ocr@v9": r"SourceError teacher 'ocr': .*'me/teachers' has no revision 'v9'",
-            "me/teachers/genev": r"SourceError teacher 'ocr': .*no file 'pytorch_lora_weights.safetensors' in "
+            "me/teachers/genev": r"AbsentError teacher 'ocr': .*no file 'pytorch_lora_weights.safetensors' in "
             r"me/teachers/genev. Folders of the repository.*'named', 'ocr', 'plain'",
             "me/teachers/named": r"SourceError teacher 'ocr': .*holds 'style.safetensors'.*`weight_name`",
             "me/teachers/old": r"ValueError teacher 'ocr' \(me/teachers/old\): 'adapter_model.bin' is a pickle",

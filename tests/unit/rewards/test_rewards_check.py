@@ -135,4 +135,4 @@ print("RESULTS" + json.dumps(results))
     newest, first, other, clip, nothing, no_file = json.loads(done.stdout.rpartition("RESULTS")[2])
     assert newest == other != clip == first
     assert nothing.startswith("SourceError: clipscore: the repository 'acme/nothing' was not found on the Hub")
-    assert no_file.startswith("SourceError: hpsv2: there is no file 'HPS_v2.1_compressed.pt' in acme/clip")
+    assert no_file.startswith("AbsentError: hpsv2: there is no file 'HPS_v2.1_compressed.pt' in acme/clip")
