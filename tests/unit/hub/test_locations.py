@@ -139,7 +139,7 @@ class TestResolve:
             "me/teachers/ocr@v9": r"SourceError teacher 'ocr': .*'me/teachers' has no revision 'v9'",
             "me/teachers/genev": r"AbsentError teacher 'ocr': .*no file 'pytorch_lora_weights.safetensors' in "
             r"me/teachers/genev. Folders of the repository.*'named', 'ocr', 'plain'",
-            "me/teachers/named": r"SourceError teacher 'ocr': .*holds 'style.safetensors'.*`weight_name`",
+            "me/teachers/named": r"AbsentError teacher 'ocr': .*holds 'style.safetensors'.*`weight_name`",
             "me/teachers/old": r"ValueError teacher 'ocr' \(me/teachers/old\): 'adapter_model.bin' is a pickle",
             "me/te..achers": r"SourceError teacher 'ocr': 'me/te..achers' is not a valid Hub repository name",
         }
