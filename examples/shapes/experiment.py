@@ -122,13 +122,19 @@ def run_all(jobs: dict[tuple[Path, str], Job], num_jobs: int) -> None:
                 sorter.done(pending.pop(future))
 
 
-def scores_of(folder: Path) -> dict[str, dict[str, float]]:
+def scores_of(folder: Path, evaluation: str = "evaluation") -> dict[str, dict[str, float]]:
     """Scores by row and task of one seed."""
-    results = json.loads((folder / "evaluation" / "summary.json").read_text(encoding="utf-8"))["results"]
-    scores = {row: {} for row in ROWS}
+    results = json.loads((folder / evaluation / "summary.json").read_text(encoding="utf-8"))["results"]
+    scores: dict[str, dict[str, float]] = {}
     for result in results:
-        scores[result["model"]][result["benchmark"].removeprefix("shapes_")] = result["value"]
+        scores.setdefault(result["model"], {})[result["benchmark"].removeprefix("shapes_")] = result["value"]
     return scores
+
+
+def cell(values: list[float], digits: int = 3) -> str:
+    """A mean and, of several values, their standard deviation."""
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
 def minutes_of(folder: Path, row: str) -> float:
@@ -140,11 +146,6 @@ def minutes_of(folder: Path, row: str) -> float:
 def make_table(folders: list[Path]) -> str:
     """Means over the seeds and standard deviations between them."""
     scores = [scores_of(folder) for folder in folders]
-
-    def cell(values: list[float], digits: int = 3) -> str:
-        spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.{digits}f}{spread}"
-
     lines = [f"| model | {' | '.join(TASKS)} | mean | minutes of training |", "|---" * (len(TASKS) + 3) + "|"]
     for row, title in ROWS.items():
         own = [[score[row][task] for task in TASKS] for score in scores]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every trainer of a LoRA diffusion student shares: base, student, tasks, evaluation, images, logs."""
 
+import copy
 import hashlib
 import json
 import time
@@ -72,6 +73,7 @@ class DiffusionTrainer(EvaluatingTrainer):
         adapter: str | Path | None = None,
         num_generations: int = 1,
     ):
+        args = copy.copy(args)  # what is not set becomes what this base is made for
         if args.n_gpu > 1:
             raise ValueError(
                 f"One process sees {args.n_gpu} GPUs, which `torch.nn.DataParallel` would share. Start one process per "

@@ -39,17 +39,17 @@ NFT = {"max_steps": 12, "num_generations": 24, "steps_per_rollout": 4, "learning
 @pytest.mark.parametrize(
     "trainer_class, config, rise",
     [
-        (FlowGRPOTrainer, {**GRPO, "loss_type": "grpo_guard"}, 0.1),
-        (FlowGRPOTrainer, {**GRPO, "loss_type": "grpo", "max_steps": 14}, 0.08),
+        (FlowGRPOTrainer, GRPO, 0.1),
         (DiffusionNFTTrainer, NFT, 0.08),
     ],
-    ids=["grpo_guard", "grpo", "nft"],
+    ids=["grpo_guard", "nft"],
 )
 def test_learns_to_write(trainer_class, config, rise, tmp_path, monkeypatch):
     """
-    With three seeds the share of held-out pictures whose two letters can be read rose from .37 to .56, on average, with
-    GRPO-Guard (8 rounds, 31 s on one core) and from .37 to .58 with Flow-GRPO (14 rounds, 63 s); the smallest rises were
-    .18 and .14. DiffusionNFT (12 steps, 53 s), which learns from half of the noise levels here, rose by .12, .12 and .14.
+    With three seeds the share of held-out pictures whose two letters can be read rose from .37 to .56, on average and by
+    .18 at least, with GRPO-Guard (8 rounds, 31 s on one core). DiffusionNFT (12 steps, 53 s), which learns from half of
+    the noise levels here, rose by .12, .12 and .14. (Flow-GRPO, of which only the loss is another, took 14 rounds to rise
+    by .14 at least; its steps are tested against the formulas.)
     """
     monkeypatch.syspath_prepend(str(SHAPES.parent))
     from shapes.rewards import ocr

@@ -210,7 +210,7 @@ def test_teachers_lead_on_their_own_tasks_and_their_merge_does_not(tmp_path):
             output_dir=str(tmp_path),
             guidance_scale=1.0,
             max_sequence_length=10,
-            num_eval_images=96,
+            num_eval_images=48,
             per_device_eval_batch_size=48,
             activation_checkpointing=False,
             disable_tqdm=True,

@@ -8,7 +8,15 @@ import torch
 from diffusers import DiffusionPipeline
 
 from tests.support.cards import snippet
-from tests.support.family_runs import LENGTH, PROMPTS, make_family_trainer, run_round, stock_images, student
+from tests.support.family_runs import (
+    LENGTH,
+    PROMPTS,
+    make_family_teacher,
+    make_family_trainer,
+    run_round,
+    stock_images,
+    student,
+)
 from tests.support.tiny_families import FAMILY_PIPELINES, family_pipeline
 from trl_diffusion_opd import (
     DiffusionNFTConfig,
@@ -282,6 +290,17 @@ def test_its_images_are_those_of_an_evaluation(name):
     images = sampler.draw(Entry("base", 3.0), sampler.prompts.conditioning(prompts), [1, 2])
     expected = stock_images(family_pipeline(name), prompts, sampler.sampler.noise([1, 2])[0], 3, 3.0)
     torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
+
+
+def test_settings_for_one_base_are_not_carried_over_to_the_next(tmp_path):
+    args = DiffusionOPDConfig(output_dir=str(tmp_path / "out"), height=16, width=16, use_cpu=True, num_grid_prompts=0)
+    found = []
+    for shift in (6.0, 3.0):
+        teacher = make_family_teacher("zimage", tmp_path / "teacher", 0)
+        pipe = family_pipeline("zimage", shift=shift)
+        trainer = DiffusionOPDTrainer(pipe, {"count": teacher}, args, {"count": PROMPTS["count"]})
+        found.append((trainer.args.num_inference_steps, trainer.args.guidance_scale))
+    assert found == [(10, 5.0), (8, 1.0)] and args.guidance_scale is None
 
 
 def test_kleins_prompts_are_encoded_without_the_head_of_the_language_model():
