@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
@@ -157,9 +158,15 @@ def make_table(folders: list[Path]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("shapes-experiment"))
+def run_experiment(
+    description: str,
+    output_dir: str,
+    jobs_of: Callable[[Path, int, int], dict[str, Job]],
+    make_table: Callable[[list[Path]], str],
+) -> None:
+    """The command line of an experiment: does its jobs for each seed and writes the table."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path(output_dir))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--num_jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--num_images", type=int, default=192, help="images a task and model in the evaluation")
@@ -177,4 +184,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_experiment(__doc__, "shapes-experiment", jobs_of, make_table)

@@ -8,7 +8,6 @@ into a student on the base of the default, plainly and with their guidance folde
 The same command goes on where it stopped. All runs have one thread. Ends with a table, `table.md`.
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -17,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from shapes.experiment import TASKS, TEACHER_RUNS, Job, cell, run_all, scores_of  # noqa: E402
+from shapes.experiment import TASKS, TEACHER_RUNS, Job, cell, run_experiment, scores_of  # noqa: E402
 from shapes.train_teachers import SHAPES, command, teacher_command  # noqa: E402
 
 
@@ -88,24 +87,5 @@ def make_table(folders: list[Path]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("shapes-large-to-small"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--num_jobs", type=int, default=2, help="runs at a time")
-    parser.add_argument("--num_images", type=int, default=192, help="images a task and model in the evaluation")
-    args = parser.parse_args()
-    folders = {seed: args.output_dir / f"seed-{seed}" for seed in args.seeds}
-    jobs = {
-        (folder, name): job
-        for seed, folder in folders.items()
-        for name, job in jobs_of(folder, seed, args.num_images).items()
-    }
-    run_all(jobs, args.num_jobs)
-    table = make_table(list(folders.values()))
-    (args.output_dir / "table.md").write_text(table, encoding="utf-8")
-    print(f"\n{table}")
-
-
 if __name__ == "__main__":
-    main()
+    run_experiment(__doc__, "shapes-large-to-small", jobs_of, make_table)

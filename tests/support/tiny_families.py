@@ -12,13 +12,9 @@ from diffusers import (
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
-    Flux2Transformer2DModel,
     FluxPipeline,
-    FluxTransformer2DModel,
     QwenImagePipeline,
-    QwenImageTransformer2DModel,
     ZImagePipeline,
-    ZImageTransformer2DModel,
 )
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch import nn
@@ -36,6 +32,7 @@ from transformers import (
 )
 
 from tests.support.tiny import WORDS, tiny_pipeline
+from tests.support.tiny_transformers import BUILDERS
 
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<unk>"]
@@ -132,19 +129,8 @@ def _clip() -> nn.Module:
 
 
 def _zimage(shift: float = 6.0) -> ZImagePipeline:
-    transformer = ZImageTransformer2DModel(
-        in_channels=4,
-        dim=32,
-        n_layers=2,
-        n_refiner_layers=1,
-        n_heads=2,
-        n_kv_heads=2,
-        cap_feat_dim=16,
-        axes_dims=[4, 6, 6],
-        axes_lens=[1024, 64, 64],
-    )
     return ZImagePipeline(
-        transformer=redrawn(transformer, 0),
+        transformer=redrawn(BUILDERS["ZImagePipeline"](), 0),
         vae=_vae(scaling_factor=0.3611, shift_factor=0.1159),
         text_encoder=_qwen3(Qwen3Model, 2),
         tokenizer=_tokenizer(),
@@ -153,23 +139,12 @@ def _zimage(shift: float = 6.0) -> ZImagePipeline:
 
 
 def _flux2_klein(is_distilled: bool = False) -> Flux2KleinPipeline:
-    transformer = Flux2Transformer2DModel(
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=48,
-        timestep_guidance_channels=32,
-        axes_dims_rope=(4, 4, 4, 4),
-        guidance_embeds=False,
-    )
     vae = _vae(AutoencoderKLFlux2)
     with torch.no_grad():
         vae.bn.running_mean.copy_(torch.linspace(-0.5, 0.5, 16))
         vae.bn.running_var.copy_(torch.linspace(0.5, 2.0, 16))
     return Flux2KleinPipeline(
-        transformer=redrawn(transformer, 0),
+        transformer=redrawn(BUILDERS["Flux2KleinPipeline"](), 0),
         vae=vae,
         text_encoder=_qwen3(Qwen3ForCausalLM, 28),
         tokenizer=_tokenizer(),
@@ -179,17 +154,9 @@ def _flux2_klein(is_distilled: bool = False) -> Flux2KleinPipeline:
 
 
 def _flux(guidance_embeds: bool = True) -> FluxPipeline:
-    transformer = FluxTransformer2DModel(
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        pooled_projection_dim=16,
-        guidance_embeds=guidance_embeds,
-        axes_dims_rope=(4, 6, 6),
-    )
+    transformer = BUILDERS["FluxPipeline"]()
+    if not guidance_embeds:
+        transformer = type(transformer).from_config({**transformer.config, "guidance_embeds": False})
     clip_tokenizer = _tokenizer()
     clip_tokenizer.model_max_length = 16
     return FluxPipeline(
@@ -204,15 +171,6 @@ def _flux(guidance_embeds: bool = True) -> FluxPipeline:
 
 
 def _qwen_image() -> QwenImagePipeline:
-    transformer = QwenImageTransformer2DModel(
-        in_channels=16,
-        out_channels=4,
-        num_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        axes_dims_rope=(4, 6, 6),
-    )
     vae = AutoencoderKLQwenImage(
         base_dim=8,
         z_dim=4,
@@ -243,7 +201,7 @@ def _qwen_image() -> QwenImagePipeline:
         **ids,
     )
     return QwenImagePipeline(
-        transformer=redrawn(transformer, 0),
+        transformer=redrawn(BUILDERS["QwenImagePipeline"](), 0),
         vae=redrawn(vae, 1),
         text_encoder=redrawn(Qwen2_5_VLForConditionalGeneration(config), 2),
         tokenizer=_tokenizer(),
