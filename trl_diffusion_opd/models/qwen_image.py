@@ -33,7 +33,7 @@ class QwenImage(ModelFamily):
 
     def lora_options(self, transformer: Mapping[str, Any]) -> dict[str, Any]:
         # Nothing reads the text of the last block: a weight without a gradient stops training on several processes.
-        last = transformer["num_layers"] - 1
+        last = transformer.get("num_layers", 60) - 1
         names = "|".join(map(re.escape, self.lora_targets))
         return {"target_modules": rf"(?!.*\.{last}\.attn\.to_add_out).*\.({names})"}
 

@@ -303,6 +303,19 @@ def test_settings_for_one_base_are_not_carried_over_to_the_next(tmp_path):
     assert found == [(10, 5.0), (8, 1.0)] and args.guidance_scale is None
 
 
+@pytest.mark.parametrize("content", ["{}", "[]", "3", '"x"', "{", ""])
+@pytest.mark.parametrize("name", NEW)
+def test_damaged_configs_are_told_by_what_loads_them(tmp_path, name, content):
+    pipe = family_pipeline(name)
+    pipe.save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "transformer" / "config.json").write_text(content)
+    (tmp_path / "base" / "scheduler" / "scheduler_config.json").write_text(content)
+    origin, family = check_pipeline(str(tmp_path / "base"))
+    configs = read_configs(str(tmp_path / "base"), origin)
+    assert family.defaults(configs).rollout_steps in (4, 10) and family.lora_options(configs("transformer"))
+    assert configs("transformer") == {}
+
+
 def test_kleins_prompts_are_encoded_without_the_head_of_the_language_model():
     pipe = family_pipeline("flux2_klein")
     family, prompts = family_of(pipe), PROMPTS["count"]
