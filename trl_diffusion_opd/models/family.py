@@ -110,7 +110,7 @@ class ModelFamily(ABC):
     negative_prompt: str = ""
     longest_prompt: int = 512
     same_transformer: tuple[str, ...] = ("in_channels",)
-    same_vae: tuple[str, ...] = ("latent_channels",)
+    same_vae: tuple[str, ...] = ("latent_channels", "scaling_factor", "shift_factor")
     guidance_info: str = "Up to 1: none"
     states_per_block: int = 20
 
@@ -119,6 +119,14 @@ class ModelFamily(ABC):
     @abstractmethod
     def defaults(self, configs: Configs) -> Defaults:
         """What a model of the family is made for, told by its configs alone."""
+
+    def check_length(self, max_sequence_length: int) -> None:
+        """Raises a `ValueError` for prompts that are longer than the model takes."""
+        if max_sequence_length > self.longest_prompt:
+            raise ValueError(
+                f"`max_sequence_length` must be at most {self.longest_prompt} for this model, but is "
+                f"{max_sequence_length}."
+            )
 
     def lora_options(self, transformer: Mapping[str, Any]) -> dict[str, Any]:
         """Where a LoRA goes by default: fields of [`~peft.LoraConfig`], for a transformer of this config."""
@@ -296,9 +304,11 @@ class ModelFamily(ABC):
         """Tags that a model card gets for a base of this Hub id."""
         return []
 
-    @abstractmethod
     def blocks(self, transformer: nn.Module) -> tuple[int, int]:
         """Number of transformer blocks and their width."""
+        config = transformer.config
+        number = config.num_layers + config.get("num_single_layers", 0)
+        return number, config.num_attention_heads * config.attention_head_dim
 
     def check_guidance(self, configs: Configs, guidance_scale: float) -> None:  # noqa: B027 (most models take all)
         """Raises a `ValueError` for a guidance that the stock pipeline would silently ignore."""

@@ -18,7 +18,6 @@ class Flux(ModelFamily):
     lora_targets = JOINT_ATTENTION
     text_encoders = ("text_encoder", "text_encoder_2")
     same_transformer = ("in_channels", "joint_attention_dim", "pooled_projection_dim")
-    same_vae = ("latent_channels", "scaling_factor", "shift_factor")
     guidance_info = "An input of the model"
     states_per_block = 19
 
@@ -67,11 +66,6 @@ class Flux(ModelFamily):
 
     def card_tags(self, base: str | None) -> list[str]:
         return ["flux", "flux-diffusers"]
-
-    def blocks(self, transformer: FluxTransformer2DModel) -> tuple[int, int]:
-        config = transformer.config
-        number = config.num_layers + config.num_single_layers
-        return number, config.num_attention_heads * config.attention_head_dim
 
     def check_guidance(self, configs: Configs, guidance_scale: float) -> None:
         if guidance_scale != 1 and not configs("transformer").get("guidance_embeds"):

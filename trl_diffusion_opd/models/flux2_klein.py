@@ -78,11 +78,6 @@ class Flux2Klein(ModelFamily):
         )[0]
         return widened(output.mT.reshape(sample.shape))
 
-    def blocks(self, transformer: Flux2Transformer2DModel) -> tuple[int, int]:
-        config = transformer.config
-        number = config.num_layers + config.num_single_layers
-        return number, config.num_attention_heads * config.attention_head_dim
-
     def check_guidance(self, configs: Configs, guidance_scale: float) -> None:
         if self.needs_negative(guidance_scale) and configs("").get("is_distilled"):
             raise ValueError(

@@ -95,7 +95,3 @@ class QwenImage(ModelFamily):
 
     def card_tags(self, base: str | None) -> list[str]:
         return ["qwen-image", "qwen-image-diffusers"]
-
-    def blocks(self, transformer: QwenImageTransformer2DModel) -> tuple[int, int]:
-        config = transformer.config
-        return config.num_layers, config.num_attention_heads * config.attention_head_dim

@@ -18,10 +18,7 @@ class StableDiffusion3(ModelFamily):
     transformer_class = SD3Transformer2DModel
     lora_targets = JOINT_ATTENTION  # what the published teachers were trained on
     text_encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
-    longest_prompt = 512
     same_transformer = ("in_channels", "out_channels", "joint_attention_dim", "pooled_projection_dim")
-    same_vae = ("latent_channels", "scaling_factor", "shift_factor")
-    states_per_block = 20
 
     def defaults(self, configs: Configs) -> Defaults:
         # The scheduler shifts its smallest sigma twice: the last step moves next to nothing.
@@ -109,7 +106,3 @@ class StableDiffusion3(ModelFamily):
     def card_tags(self, base: str | None) -> list[str]:
         is_35 = base is not None and base.startswith("stabilityai/stable-diffusion-3.5-")
         return ["sd3.5", "sd3.5-diffusers"] if is_35 else []
-
-    def blocks(self, transformer: SD3Transformer2DModel) -> tuple[int, int]:
-        config = transformer.config
-        return config.num_layers, config.num_attention_heads * config.attention_head_dim

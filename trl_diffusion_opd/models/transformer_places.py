@@ -81,7 +81,8 @@ def base_key(model: str | Path | DiffusionPipeline, origin: Origin, init_kwargs:
         return (id(model.transformer),)
     if "transformer" in (init_kwargs or {}):  # in the place of the pipeline's own
         return (id(init_kwargs["transformer"]),)
-    return place_key(_transformer_of(parse_source(model, kind="model"), origin.commit), origin.commit)
+    source = _component(parse_source(model, kind="model"), "transformer", origin.commit)
+    return place_key(source, origin.commit)
 
 
 def find_transformer(
@@ -170,12 +171,12 @@ def load_transformer(place: TransformerPlace, dtype: torch.dtype, family: ModelF
     return model.eval().requires_grad_(False)
 
 
-def _transformer_of(source: Source, commit: str | None) -> Source:
-    """The folder of a pipeline's transformer."""
-    if source.path is not None:
-        return Source(path=source.path / "transformer")
-    folder = f"{source.subfolder}/transformer" if source.subfolder else "transformer"
-    return replace(source, subfolder=folder, revision=commit or source.revision)
+def _component(pipeline: Source, name: str, commit: str | None) -> Source:
+    """The folder of a pipeline's component."""
+    if pipeline.path is not None:
+        return Source(path=pipeline.path / name)
+    folder = f"{pipeline.subfolder}/{name}" if pipeline.subfolder else name
+    return replace(pipeline, subfolder=folder, revision=commit or pipeline.revision)
 
 
 def _look(source: Source, name: str, owner: str, **kwargs: Any) -> tuple[Path | None, str | None]:
@@ -196,13 +197,11 @@ def _look(source: Source, name: str, owner: str, **kwargs: Any) -> tuple[Path | 
 def _in_pipeline(
     pipeline: Source, commit: str | None, owner: str, family: ModelFamily, **access: Any
 ) -> TransformerPlace:
-    source = _transformer_of(pipeline, commit)
+    source = _component(pipeline, "transformer", commit)
     config, _ = _look(source, CONFIG, owner, **access)
     if config is None:
         raise SourceError(f"{owner}: the pipeline {pipeline} has no 'transformer/{CONFIG}'. Check the spelling.")
-    parent = source.subfolder.rpartition("transformer")[0].rstrip("/") if source.path is None else None
-    beside = replace(source, subfolder=f"{parent}/vae" if parent else "vae") if source.path is None else None
-    vae, _ = _look(beside or Source(path=source.path.parent / "vae"), CONFIG, owner, **access)
+    vae, _ = _look(_component(pipeline, "vae", commit), CONFIG, owner, **access)
     place = _place(source, config, commit, owner, family)
     return replace(
         place,

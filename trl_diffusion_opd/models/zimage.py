@@ -21,7 +21,6 @@ class ZImage(ModelFamily):
     lora_targets = ["attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0"]
     text_encoders = ("text_encoder",)
     same_transformer = ("in_channels", "cap_feat_dim")
-    same_vae = ("latent_channels", "scaling_factor", "shift_factor")
     states_per_block = 35
 
     def defaults(self, configs: Configs) -> Defaults:

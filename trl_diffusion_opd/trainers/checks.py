@@ -31,8 +31,4 @@ def resolve_family_settings(args: DiffusionConfig, family: ModelFamily, defaults
                 f"`{name}` must be more than skip_last_steps = {args.skip_last_steps}, so that a step is left to train, "
                 f"but is {steps}. Raise it, or set `skip_last_steps=0`."
             )
-    if args.max_sequence_length > family.longest_prompt:
-        raise ValueError(
-            f"`max_sequence_length` must be at most {family.longest_prompt} for this model, but is "
-            f"{args.max_sequence_length}."
-        )
+    family.check_length(args.max_sequence_length)

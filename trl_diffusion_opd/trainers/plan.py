@@ -75,9 +75,9 @@ def _amount(data: Prompts) -> str:
 
 def memory_estimate(trainer: DiffusionTrainer) -> dict[str, int]:
     """
-    Bytes on the training device during rounds, without the other models of the method. Weights and optimizer state are exact; activations are estimated as
-    what the transformer's blocks keep for the backward (`states_per_block` hidden states each, or one with activation
-    checkpointing, of which one block at a time is recomputed).
+    Bytes on the training device during rounds, without the other models of the method. Weights and optimizer state are
+    exact; activations are estimated as what the transformer's blocks keep for the backward (`states_per_block` hidden
+    states each, or one with activation checkpointing, of which one block at a time is recomputed).
     """
     args, family, pipe = trainer.args, trainer.family, trainer.pipeline
     trainable = _trainable(trainer)

@@ -52,7 +52,7 @@ def folders(tmp_path):
 def test_of_files(folders):
     expected = {"diffusers": FILE, "peft": FILE, "half": HALF_FILE}
     assert {name: lora_sha256(load_lora(folder)[0]) for name, folder in folders.items()} == expected
-    assert {name: entry.sha256 for name, entry in load_loras(folders).items()} == expected
+    assert {name: entry.sha256 for name, entry in load_loras(folders, StableDiffusion3()).items()} == expected
 
 
 def test_of_adapters(folders):

@@ -123,7 +123,7 @@ def _merges(words: Sequence[str], names: Sequence[str]) -> Iterator[tuple[str, t
         yield how, own
 
 
-def load_loras(sources: Mapping[str, str | Path], family: ModelFamily | None = None) -> dict[str, Lora]:
+def load_loras(sources: Mapping[str, str | Path], family: ModelFamily) -> dict[str, Lora]:
     """
     Fetches and reads LoRAs, those of other programs under the names that they give to the modules of this family.
 
@@ -133,6 +133,6 @@ def load_loras(sources: Mapping[str, str | Path], family: ModelFamily | None = N
     """
     loras = {}
     for name, source in sources.items():
-        weights, origin = load_lora(source, owner=f"LoRA {name!r} ({source})", convert=family and family.convert_lora)
+        weights, origin = load_lora(source, owner=f"LoRA {name!r} ({source})", convert=family.convert_lora)
         loras[name] = Lora(weights, origin, lora_sha256(weights))
     return loras

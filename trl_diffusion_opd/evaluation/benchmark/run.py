@@ -129,10 +129,7 @@ def _prepare(arguments: EvaluationArguments, accelerator: Accelerator) -> _Plan:
     with accelerator.main_process_first():
         loras = load_loras(arguments.loras, family)
     length = arguments.max_sequence_length or defaults.max_sequence_length
-    if length > family.longest_prompt:
-        raise ValueError(
-            f"`max_sequence_length` must be at most {family.longest_prompt} for this model, but is {length}."
-        )
+    family.check_length(length)
     sets = _by_main(accelerator, lambda: {suite.name: _load_prompts(folder, suite) for suite in suites})
     rows = {name: found for name, (found, _) in sets.items()}
     check_scorers(scorers, rows)
