@@ -53,7 +53,7 @@ def make_trainer(folder: Path, *, teachers=None, pipeline=None, peft_config=None
     """A trainer on the tiny pipeline; `settings` are fields of the config or arguments of the trainer."""
     arguments = {
         name: settings.pop(name)
-        for name in ("eval_dataset", "reward_funcs", "callbacks", "optimizers")
+        for name in ("eval_dataset", "reward_funcs", "callbacks", "optimizers", "student_prompt")
         if name in settings
     }
     return DiffusionOPDTrainer(

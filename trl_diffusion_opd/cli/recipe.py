@@ -10,7 +10,7 @@ from typing import Any, ClassVar, get_type_hints
 from trl import TrlParser
 
 from ..rewards import REWARDS
-from ..rewards.lookup import find_reward, locate
+from ..rewards.lookup import find_reward, load_function, locate, locate_function
 from ..utils.settings import AT_LEAST_1, check_kinds, check_rules
 from .parser import Parser
 from .recipe_file import check_recipe, unique_pairs
@@ -158,6 +158,13 @@ class OPDScriptArguments(ScriptArguments):
             "with `name_or_path`, `subfolder`, `revision`, `weight_name`, `base`, `guidance_scale`."
         },
     )
+    student_prompt: str | None = field(
+        default=None,
+        metadata={
+            "help": "What the student is asked where its teacher is asked the prompt: a column of the prompts, or a "
+            "function `f(row, seed)`, as `file.py:function` or `package.module:function`."
+        },
+    )
 
     def trainer_arguments(self, recipe: Path | None = None) -> dict[str, Any]:
         def found(teacher: Any) -> Any:
@@ -172,7 +179,10 @@ class OPDScriptArguments(ScriptArguments):
             if isinstance(teachers, dict)
             else [found(teacher) for teacher in teachers]
         )
-        return {"teachers": teachers, **super().trainer_arguments(recipe)}
+        asked = self.student_prompt
+        if asked is not None and ":" in asked:
+            asked = load_function(locate_function(asked, recipe))
+        return {"teachers": teachers, "student_prompt": asked, **super().trainer_arguments(recipe)}
 
 
 @dataclass

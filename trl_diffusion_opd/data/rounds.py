@@ -5,7 +5,7 @@ import itertools
 import logging
 import math
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,8 @@ class TaskBatch:
             Seed of each sample's noise, a function of run seed, round, task and position alone.
         groups (`list[int]`):
             Number of each sample's prompt in the course of the run. Samples of one number share a prompt.
+        student_prompts (`list[str]`, *optional*):
+            What the student is asked instead of the prompts.
     """
 
     task: str
@@ -42,6 +44,12 @@ class TaskBatch:
     prompts: list[str]
     seeds: list[int]
     groups: list[int]
+    student_prompts: list[str] | None = None
+
+    @property
+    def asked(self) -> list[str]:
+        """The prompts that the student draws."""
+        return self.prompts if self.student_prompts is None else self.student_prompts
 
 
 class StreamedPrompts:
@@ -117,6 +125,7 @@ class StreamedPrompts:
 
 
 Prompts = Dataset | StreamedPrompts
+StudentPrompt = Callable[[dict[str, Any], int], str]
 
 
 def no_rows(owner: str) -> ValueError:
@@ -185,6 +194,8 @@ class RoundSampler:
             Consecutive samples of a task that share a prompt.
         num_processes (`int`, *optional*, defaults to `1`), process_index (`int`, *optional*, defaults to `0`):
             The processes that share a round, and this one among them.
+        student_prompt (`Callable`, *optional*):
+            `f(row, seed) -> str`, the prompt that the student is asked, if it is another one than its row's.
     """
 
     def __init__(
@@ -199,6 +210,7 @@ class RoundSampler:
         num_generations: int = 1,
         num_processes: int = 1,
         process_index: int = 0,
+        student_prompt: StudentPrompt | None = None,
     ):
         self.datasets = datasets
         self.batch_size = batch_size
@@ -209,6 +221,7 @@ class RoundSampler:
         self.num_generations = num_generations
         self.num_processes = num_processes
         self.process_index = process_index
+        self.student_prompt = student_prompt
         self._permutation: dict[str, tuple[int, np.ndarray]] = {}
 
     @property
@@ -233,6 +246,11 @@ class RoundSampler:
         """Prompts that this process draws in a round."""
         return self.batch_size * self.num_micro_rounds * sum(self.weights.values())
 
+    @property
+    def embeddings_per_round(self) -> int:
+        """Prompts that have to be encoded for a round."""
+        return self.prompts_per_round * (1 if self.student_prompt is None else 2)
+
     def prompts_of(self, rounds: Iterable[int]) -> list[str]:
         """The prompts that this process draws in some rounds, in order."""
         return [
@@ -240,15 +258,15 @@ class RoundSampler:
             for round_index in rounds
             for micro_round in range(self.num_micro_rounds)
             for batch in self.batches(round_index, micro_round)
-            for prompt in batch.prompts
+            for prompt in [*batch.prompts, *(batch.student_prompts or ())]
         ]
 
     def distinct_prompts(self, at_most: int) -> list[str] | None:
         """
-        The distinct prompts of all tasks, in a fixed order, or `None` if there are more than `at_most` or a task has a
-        stream.
+        The distinct prompts of all tasks, in a fixed order, or `None` if there are more than `at_most`, a task has a
+        stream, or the student is asked other ones.
         """
-        if self.rounds_per_epoch is None:
+        if self.rounds_per_epoch is None or self.student_prompt is not None:
             return None
         found: dict[str, None] = {}
         for data in self.datasets.values():
@@ -265,7 +283,10 @@ class RoundSampler:
         groups = [(round_index * per_round + position) // self.num_generations for position in positions]
         rows = [self.datasets[task][self._prompt_index(task, group)] for group in groups]
         seeds = [sample_seed(self.seed, task, round_index, position) for position in positions]
-        return TaskBatch(task, rows, [row[self.column] for row in rows], seeds, groups)
+        asked = None
+        if self.student_prompt is not None:
+            asked = [self.student_prompt(row, seed) for row, seed in zip(rows, seeds, strict=True)]
+        return TaskBatch(task, rows, [row[self.column] for row in rows], seeds, groups, asked)
 
     def _prompt_index(self, task: str, position: int) -> int:
         total = num_prompts(self.datasets[task])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.rounds import Prompts
+from ..lora.merging import adds_up
 from ..models.sampler import Policy
 from ..utils.serialization import write_json
 from .gains import gains
@@ -42,7 +43,8 @@ def compare(
     Scores all models on evaluation prompts, with the same noise.
 
     Where there are teachers, the merge adds up the updates of all their LoRAs on the base (weight 1 each), which costs
-    no training: what a student must beat. There is none if a teacher is no LoRA on the student's base.
+    no training: what a student must beat. There is none if a teacher is no LoRA on the student's base, or one with
+    magnitudes (DoRA), whose update cannot be added to others.
 
     Args:
         evaluator ([`Evaluator`]):
@@ -72,7 +74,8 @@ def compare(
             results["teachers"] = {task: score(policy) for task, policy in teachers.items()}
         if teachers and all(policy.model is None and policy.adapters for policy in teachers.values()):
             adapters = tuple(name for policy in teachers.values() for name in policy.adapters)
-            results["merge"] = score(Policy("merge", student.guidance_scale, adapters))
+            if adds_up(evaluator.sampler.model.transformer, adapters):
+                results["merge"] = score(Policy("merge", student.guidance_scale, adapters))
         results["student"] = score(student)
     if averaged:
         with student_weights(False):

@@ -39,6 +39,16 @@ def step_divergence(
     Raises:
         `ValueError`: the two velocities differ in shape.
     """
+    return divergence_weight(transition) * mean_square(student_velocity, teacher_velocity)
+
+
+def mean_square(student_velocity: torch.Tensor, teacher_velocity: torch.Tensor) -> torch.Tensor:
+    """
+    `mean_d (v_S - v_T)^2`, of shape `[B]`, in float32 or float64. The teacher's is treated as a constant.
+
+    Raises:
+        `ValueError`: the two velocities differ in shape.
+    """
     if student_velocity.shape != teacher_velocity.shape:
         raise ValueError(
             f"Student and teacher must predict velocities of one shape, but got {tuple(student_velocity.shape)} and "
@@ -47,7 +57,7 @@ def step_divergence(
     # The difference shrinks as training goes on: take it before anything is squared or scaled, never in half precision.
     dtype = torch.promote_types(student_velocity.dtype, torch.float32)
     difference = student_velocity.to(dtype) - teacher_velocity.detach().to(dtype)
-    return divergence_weight(transition) * difference.square().flatten(1).mean(1)
+    return difference.square().flatten(1).mean(1)
 
 
 def divergence_weight(transition: Transition) -> torch.Tensor:

@@ -267,7 +267,7 @@ class ModelFamily(ABC):
         """Classifier-free guidance of two velocities `[B, C, H, W]`."""
         return negative + guidance_scale * (positive - negative)
 
-    def velocity(
+    def branches(
         self,
         transformer: nn.Module,
         sample: torch.Tensor,
@@ -275,13 +275,15 @@ class ModelFamily(ABC):
         positive: Prompt,
         negative: Prompt | None,
         guidance_scale: float,
-    ) -> torch.Tensor:
-        """The guided velocity, of shape `[B, C, H, W]`; `negative` is `None` where `needs_negative` is false."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        The conditional and the unconditional velocity, of shape `[B, C, H, W]`; the latter is `None` if `negative` is, which
+        it is where `needs_negative` is false.
+        """
         conditional = self.predict(transformer, sample, timestep, positive, guidance_scale)
         if negative is None:
-            return conditional
-        unconditional = self.predict(transformer, sample, timestep, negative, guidance_scale)
-        return self.guide(conditional, unconditional, guidance_scale)
+            return conditional, None
+        return conditional, self.predict(transformer, sample, timestep, negative, guidance_scale)
 
     # LoRAs of other programs
 

@@ -14,7 +14,7 @@ from torch import nn
 from ..lora.adapters import base_only, use_adapter
 from ..sampling.denoising import DenoisingStep, Schedule, denoise
 from .family import ModelFamily
-from .velocity import Conditioning, VelocityModel
+from .velocity import Branches, Conditioning, VelocityModel
 
 
 @dataclass
@@ -40,6 +40,22 @@ class Policy:
     adapters: tuple[str, ...] = ()
     model: VelocityModel | None = None
     weight: float = 1.0
+
+
+@dataclass
+class Mixture:
+    """
+    A weighted sum of the velocities of policies, which can be rolled out too.
+
+    Args:
+        name (`str`):
+            What tables and image grids call it.
+        terms (`tuple[tuple[float, Policy], ...]`):
+            Weights and policies.
+    """
+
+    name: str
+    terms: tuple[tuple[float, Policy], ...]
 
 
 class PolicySampler:
@@ -98,14 +114,28 @@ class PolicySampler:
 
     @torch.no_grad()
     def velocity(
-        self, policy: Policy, sample: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning
+        self, policy: Policy | Mixture, sample: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning
     ) -> torch.Tensor:
         """Guided velocity `[B, C, H, W]` of a policy at states of this shape; `timestep` is a scalar or `[B]`."""
+        if isinstance(policy, Mixture):
+            return sum(weight * self.velocity(term, sample, timestep, conditioning) for weight, term in policy.terms)
         with self.acting(policy) as model:
             return model(sample, timestep, *conditioning.batch(policy.guidance_scale), policy.guidance_scale)
 
+    @torch.no_grad()
+    def branches(
+        self, policy: Policy | Mixture, sample: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning
+    ) -> Branches:
+        """As [`velocity`], with both branches of guidance."""
+        if isinstance(policy, Mixture):
+            parts = [(weight, self.branches(term, sample, timestep, conditioning)) for weight, term in policy.terms]
+            return Branches(*(sum(weight * part[i] for weight, part in parts) for i in range(3)))
+        with self.acting(policy) as model:
+            batch = conditioning.batch(policy.guidance_scale)
+            return model(sample, timestep, *batch, policy.guidance_scale, keep_branches=True)
+
     def rollout(
-        self, policy: Policy, conditioning: Conditioning, seeds: list[int], schedule: Schedule, **kwargs: Any
+        self, policy: Policy | Mixture, conditioning: Conditioning, seeds: list[int], schedule: Schedule, **kwargs: Any
     ) -> Iterator[DenoisingStep]:
         """
         Rolls a policy out without gradients, one step at each `next()`.
@@ -128,7 +158,7 @@ class PolicySampler:
         yield from denoise(velocity, noise, schedule, generator=generators, **kwargs)
 
     def sample_latents(
-        self, policy: Policy, conditioning: Conditioning, seeds: list[int], schedule: Schedule, **kwargs: Any
+        self, policy: Policy | Mixture, conditioning: Conditioning, seeds: list[int], schedule: Schedule, **kwargs: Any
     ) -> torch.Tensor:
         """The latents `[B, C, H, W]` at the end of a [`rollout`]."""
         for step in self.rollout(policy, conditioning, seeds, schedule, **kwargs):

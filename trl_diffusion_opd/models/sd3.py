@@ -87,7 +87,7 @@ class StableDiffusion3(ModelFamily):
         )[0]
         return widened(output)
 
-    def velocity(
+    def branches(
         self,
         transformer: nn.Module,
         sample: torch.Tensor,
@@ -95,13 +95,13 @@ class StableDiffusion3(ModelFamily):
         positive: Prompt,
         negative: Prompt | None,
         guidance_scale: float,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if negative is None:
-            return self.predict(transformer, sample, timestep, positive)
+            return self.predict(transformer, sample, timestep, positive), None
         # Both branches in one forward, as the stock pipeline has them.
         both = {name: torch.cat([negative[name], positive[name]]) for name in positive}
         unconditional, conditional = self.predict(transformer, sample, timestep, both).chunk(2)
-        return self.guide(conditional, unconditional, guidance_scale)
+        return conditional, unconditional
 
     def card_tags(self, base: str | None) -> list[str]:
         is_35 = base is not None and base.startswith("stabilityai/stable-diffusion-3.5-")

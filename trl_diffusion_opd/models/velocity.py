@@ -2,6 +2,7 @@
 """The module that is trained: a transformer as a velocity field, guidance included."""
 
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -54,6 +55,22 @@ class Conditioning:
         return self.family.collate([_moved(self._negative, self._device)] * self._size)
 
 
+class Branches(NamedTuple):
+    """
+    A velocity with what guidance made it of, each `[B, C, H, W]`.
+
+    Args:
+        velocity (`torch.Tensor`):
+            With guidance.
+        positive (`torch.Tensor`), negative (`torch.Tensor`, *optional*):
+            The conditional velocity, and the unconditional one if there is guidance.
+    """
+
+    velocity: torch.Tensor
+    positive: torch.Tensor
+    negative: torch.Tensor | None
+
+
 class VelocityModel(nn.Module):
     """
     The module that the trainer trains: a diffusers transformer, called as `velocity(state, time, prompt)`.
@@ -91,9 +108,16 @@ class VelocityModel(nn.Module):
         positive: Prompt,  # as made by `Conditioning.batch`
         negative: Prompt | None,
         guidance_scale: float,
-    ) -> torch.Tensor:
-        """The velocity, of shape `[B, C, H, W]`."""
-        return self.family.velocity(self.transformer, sample, timestep, positive, negative, guidance_scale)
+        keep_branches: bool = False,
+    ) -> "torch.Tensor | Branches":
+        """The guided velocity, of shape `[B, C, H, W]`, or with its branches."""
+        conditional, unconditional = self.family.branches(
+            self.transformer, sample, timestep, positive, negative, guidance_scale
+        )
+        velocity = conditional
+        if unconditional is not None:
+            velocity = self.family.guide(conditional, unconditional, guidance_scale)
+        return Branches(velocity, conditional, unconditional) if keep_branches else velocity
 
 
 def _moved(prompt: Prompt, device: torch.device | None) -> Prompt:

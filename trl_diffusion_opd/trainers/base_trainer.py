@@ -19,7 +19,7 @@ from transformers import TrainerCallback, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 
 from ..data.prompt_sets import task_datasets
-from ..data.rounds import RoundSampler
+from ..data.rounds import RoundSampler, StudentPrompt
 from ..evaluation.score import count_images
 from ..hub.licenses import License, read_license
 from ..hub.upload import check_destination
@@ -135,7 +135,7 @@ class DiffusionTrainer(EvaluatingTrainer):
         self.reward_funcs = normalize_reward_funcs(reward_funcs, tasks)
         self.check_rewards(args)
         self.rounds = RoundSampler(
-            {task: self.datasets[task] for task in tasks},
+            {task: self.datasets[task] for task in tasks if task in self.datasets},
             args.per_device_train_batch_size,
             args.seed,
             column=args.prompt_column,
@@ -144,6 +144,7 @@ class DiffusionTrainer(EvaluatingTrainer):
             num_generations=num_generations,
             num_processes=args.world_size,
             process_index=args.process_index,
+            student_prompt=self.student_prompt_func(),
         )
         self._rounds_per_epoch = self.rounds.rounds_per_epoch or args.max_steps
         if self._rounds_per_epoch <= 0:
@@ -201,9 +202,12 @@ class DiffusionTrainer(EvaluatingTrainer):
     def check_method(self, args: DiffusionConfig) -> None:
         """Raises a `ValueError` for settings of the method that the model family does not go with."""
 
+    def student_prompt_func(self) -> StudentPrompt | None:
+        """What the student is asked instead of the prompts of `self.datasets`."""
+
     def prompts_at_once(self) -> int:
         """How many prompts this process needs the embeddings of at the same time: those of a round."""
-        return self.rounds.prompts_per_round
+        return self.rounds.embeddings_per_round
 
     def fetch_models(self) -> None:
         """Makes sure that the method's other models are on this machine, before the large base is fetched."""
@@ -285,7 +289,7 @@ class DiffusionTrainer(EvaluatingTrainer):
 
     def prepare_prompts(self, round_index: int) -> None:
         """Encodes the prompts of the chunk of rounds that `round_index` is in; all at once if they fit the cache."""
-        length = max(1, self.args.prompt_cache_size // self.rounds.prompts_per_round)
+        length = max(1, self.args.prompt_cache_size // self.rounds.embeddings_per_round)
         first = round_index // length * length
         last = min(first + length, self.state.max_steps) if self.state.max_steps > 0 else first + length
         self._prepare_prompts_of(range(first, last))

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """On-policy distillation of several teachers into one student (Algorithm 1 of the DiffusionOPD paper)."""
 
+import copy
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,29 +11,38 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
-from torch import nn
 from transformers import TrainerCallback
 
-from ..data.rounds import TaskBatch
-from ..losses.opd import step_divergence
+from ..data.rounds import StudentPrompt, prompt_at, sample_seed, spread
+from ..data.student_prompts import student_prompts
+from ..lora.adapters import add_lora, lora_state_dict
+from ..lora.files import LoraWeights
+from ..lora.merging import merge_adapters, set_adapter
+from ..lora.ssr import SSR, SSRStatistics, ssr_factors
+from ..losses.targets import AVERAGE, BASE, check_models, describe, make_targets
+from ..models.loading import STUDENT
 from ..models.sampler import Policy
 from ..models.transformer_places import base_key
-from ..models.velocity import Conditioning
 from ..publishing.record import TeacherRecord
 from ..rewards.functions import RewardFunc
-from ..sampling.denoising import Trajectory
 from ..teachers.backbones import Backbone, on_students_base
 from ..teachers.config import check_tasks, normalize_teachers
 from ..teachers.loading import fetch_teachers, load_teachers, read_fingerprints
 from ..utils.hardware import format_bytes, module_bytes
 from ..utils.markdown import escape
 from ..utils.turns import Turns
-from .base_trainer import DiffusionTrainer
+from .distilling_trainer import AVERAGE_ADAPTER, DistillingTrainer
+from .fake_score import FakeScore
 from .method_plan import MethodPlan, format_origin
 from .opd_config import DiffusionOPDConfig
+from .target_samples import FOLDER as SAMPLES_FOLDER
+from .target_samples import TargetSamples
 
 
-class DiffusionOPDTrainer(DiffusionTrainer):
+CALIBRATION_PROMPTS = 8  # of each task, for SSR-Merge
+
+
+class DiffusionOPDTrainer(DistillingTrainer):
     """
     Trainer for on-policy distillation of diffusion teachers, as introduced in [DiffusionOPD: A Unified Perspective of
     On-Policy Distillation in Diffusion Models](https://huggingface.co/papers/2605.15055).
@@ -83,6 +95,9 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             the attention projections.
         adapter (`str` or `Path`, *optional*):
             LoRA to start from, from the Hub or from disk, with the shape of `peft_config` if that is given.
+        student_prompt (`str` or `Callable`, *optional*):
+            What the student is asked where its teacher is asked the prompt: the name of a column of `train_dataset`, or a
+            function `f(row, seed) -> str`. Rewards, evaluations and image grids go by the prompt.
 
     Raises:
         `ValueError`: teachers and prompts whose tasks do not match, a teacher that does not fit the base, and settings
@@ -117,18 +132,20 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         optimizers: tuple[Callable | None, Callable | None] = (None, None),
         peft_config: LoraConfig | dict[str, Any] | None = None,
         adapter: str | Path | None = None,
+        student_prompt: str | StudentPrompt | None = None,
     ):
         if train_dataset is None:
             raise ValueError("`train_dataset` is required: the prompts of each task.")
         self._teacher_configs = normalize_teachers(teachers)
         args = args if args is not None else DiffusionOPDConfig(output_dir="diffusion-opd")
         self._base_given = model, args.model_init_kwargs
+        self._student_prompt = student_prompt
         super().__init__(
             model,
             args,
             train_dataset,
             eval_dataset,
-            tasks=list(self._teacher_configs),
+            tasks=list(dict.fromkeys([*self._teacher_configs, *(args.targets or {})])),
             reward_funcs=reward_funcs,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -136,13 +153,33 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             adapter=adapter,
         )
 
+    def check_method(self, args: DiffusionOPDConfig) -> None:
+        super().check_method(args)
+        self._target_settings = args.targets, args.teacher_extrapolation, args.extrapolation_reference
+        self._anchor = args.anchor if args.anchor_weight > 0 else None
+        scale = args.teacher_guidance_scale
+        self.teacher_guidance_scale = args.guidance_scale if scale is None else scale
+
     def check_tasks(self, tasks: list[str]) -> None:
-        check_tasks(self._teacher_configs, tasks)
+        mixtures, extrapolation, reference = self._target_settings
+        if not mixtures and {reference, self._anchor} <= {BASE, AVERAGE, None}:  # teachers and tasks are the same
+            check_tasks(self._teacher_configs, tasks)
+        self._terms = make_targets(tasks, self._teacher_configs, mixtures, extrapolation, reference)
+        used = {term.model for target in self._terms.values() for term in target} | {self._anchor}
+        check_models(self._teacher_configs, used, self._anchor)
+
+    def student_prompt_func(self) -> StudentPrompt | None:
+        return student_prompts(self._student_prompt, self.datasets)
 
     def fetch_models(self) -> None:
-        for config in self._teacher_configs.values():
-            if config.guidance_scale is not None:
-                self.family.check_guidance(self.configs, config.guidance_scale)
+        for task, config in self._teacher_configs.items():
+            scale = self.teacher_guidance_scale if config.guidance_scale is None else config.guidance_scale
+            self.family.check_guidance(self.configs, scale)
+            if self.objective.needs_branches and not self.family.needs_negative(scale):
+                raise ValueError(
+                    f"`objective={self.objective.name!r}` matches both branches of guidance, but at guidance {scale:g} the "
+                    f"teacher of task {task!r} has one. Raise its `guidance_scale` above 1."
+                )
         self._teacher_files = fetch_teachers(self._teacher_configs, self.family)
         if any(found.place is not None for found in self._teacher_files.values()):
             model, kwargs = self._base_given
@@ -153,7 +190,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         self.loaded_teachers = load_teachers(
             self._teacher_configs,
             self.transformer,
-            guidance_scale=args.guidance_scale,
+            guidance_scale=self.teacher_guidance_scale,
             family=self.family,
             vae=self.pipeline.vae,
             files=self._teacher_files,
@@ -177,10 +214,74 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             )
             for task, teacher in self.loaded_teachers.items()
         }
+        self._add_targets(args)
+
+    def _add_targets(self, args: DiffusionOPDConfig) -> None:
+        """Who is followed, and what else has the student's shape."""
+        known = {
+            **self.teachers,
+            BASE: Policy("base", self.teacher_guidance_scale),
+            AVERAGE: Policy("average", args.guidance_scale, (AVERAGE_ADAPTER,)),
+        }
+        if any(term.model == AVERAGE for target in self._terms.values() for term in target) or self._anchor == AVERAGE:
+            config = copy.deepcopy(self.transformer.peft_config[STUDENT])
+            state = {name: t.detach().clone() for name, t in lora_state_dict(self.transformer, STUDENT).items()}
+            add_lora(self.transformer, LoraWeights(config, state, "average"), AVERAGE_ADAPTER)
+        self.targets = {
+            task: self.make_target(f"target {task}", target, known) for task, target in self._terms.items()
+        }
+        self.anchor = None if self._anchor is None else known[self._anchor]
+        if args.merge_teachers is not None:
+            others = [task for task, teacher in self.teachers.items() if teacher.model is not None]
+            if others or self.adapter_origin is not None:
+                what = (
+                    f"the teachers of {', '.join(others)} are on other bases" if others else "`adapter` is given too"
+                )
+                raise ValueError(f"`merge_teachers` merges LoRAs on the student's base to start from, but {what}.")
+            if args.merge_teachers != SSR:
+                merge_adapters(self.transformer, self._teacher_adapters, args.merge_teachers, STUDENT)
+        self.fake_score = None
+        if self.objective.needs_fake:
+            rate = self.objective.fake_learning_rate or args.learning_rate
+            self.fake_score = FakeScore(self.transformer, self.family, rate, (args.adam_beta1, args.adam_beta2))
+
+    @property
+    def _teacher_adapters(self) -> list[str]:
+        return [name for teacher in self.teachers.values() for name in teacher.adapters]
+
+    def _merge_by_what_teachers_see(self) -> None:
+        """SSR-Merge: teachers draw some prompts of their tasks, and their inputs weigh their updates."""
+        statistics = SSRStatistics(self.transformer, self._teacher_adapters)
+        for task, teacher in self.teachers.items():
+            positions = spread(self.datasets[task], CALIBRATION_PROMPTS) if task in self.datasets else []
+            for position in positions:
+                prompt = prompt_at(self.datasets[task], position)[self.args.prompt_column]
+                seed = sample_seed(self.args.seed, f"{task} {prompt}", 0, 0)
+                with statistics.of(*teacher.adapters):
+                    self.sampler.sample_latents(teacher, self.prompts.conditioning([prompt]), [seed], self.schedule)
+        set_adapter(self.transformer, ssr_factors(statistics), STUDENT)
+
+    def prepare_sampling(self, args: DiffusionOPDConfig) -> None:
+        super().prepare_sampling(args)
+        if args.merge_teachers == SSR and self.first_checkpoint is None:
+            self._merge_by_what_teachers_see()
+        if args.merge_teachers is not None and self.ema is not None:
+            self.ema.load_state_dict(self.ema.parameters)
+        made_of = json.dumps(
+            [self.provenance, self._plan_of_targets(), self.latent_shape], sort_keys=True, default=str
+        )
+        fingerprint = hashlib.sha256(made_of.encode()).hexdigest()
+        folder = Path(args.output_dir) / SAMPLES_FOLDER
+        self.target_samples = TargetSamples(self.sampler, folder, fingerprint, args.seed, args.process_index)
 
     def known_sources(self, args: DiffusionOPDConfig) -> dict[str, Any]:
-        teachers = read_fingerprints(self._teacher_configs, self._teacher_files, args.guidance_scale, self.family)
-        return {**super().known_sources(args), "teachers": teachers}
+        teachers = read_fingerprints(
+            self._teacher_configs, self._teacher_files, self.teacher_guidance_scale, self.family
+        )
+        known = {**super().known_sources(args), "teachers": teachers}
+        if (asked := self._student_prompt) is not None:
+            known["student_prompt"] = asked if isinstance(asked, str) else f"{asked.__module__}:{asked.__qualname__}"
+        return known
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -191,17 +292,34 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         return {**super().provenance, "teachers": teachers}
 
     def plan(self) -> MethodPlan:
+        args = self.args
+        closed = "mean matching, Eq. 12" if args.noise_level == 0 else "closed-form KL, Eq. 11"
+        queries = "" if args.query_steps is None else f", at {args.query_steps} {args.query_distribution} steps"
+        backbones = self._plan_of_backbones()
         return MethodPlan(
-            objective="mean matching, Eq. 12" if self.args.noise_level == 0 else "closed-form KL, Eq. 11",
-            tasks={
-                task: f"teacher: {'full model' if teacher.adapter_name is None else 'LoRA'} "
-                + format_origin(teacher.origin)
-                + (f" on {format_origin(teacher.base)}" if teacher.base is not None else "")
-                + f", guidance {teacher.guidance_scale:g}"
-                for task, teacher in self.loaded_teachers.items()
+            objective=(closed if self.objective.name == "kl" else self.objective.title) + queries,
+            tasks=self._plan_of_targets(),
+            models=backbones["models"],
+            memory={} if self.fake_score is None else {"fake score": self.fake_score.num_bytes},
+            lines={
+                **backbones.get("lines", {}),
+                **({"anchor": f"{self._anchor}, weight {args.anchor_weight:g}"} if self._anchor else {}),
+                **({"start": f"{args.merge_teachers} of the teachers"} if args.merge_teachers else {}),
             },
-            **self._plan_of_backbones(),
         )
+
+    def _plan_of_targets(self) -> dict[str, str]:
+        told = {
+            task: f"teacher: {'full model' if teacher.adapter_name is None else 'LoRA'} "
+            + format_origin(teacher.origin)
+            + (f" on {format_origin(teacher.base)}" if teacher.base is not None else "")
+            + f", guidance {teacher.guidance_scale:g}"
+            for task, teacher in self.loaded_teachers.items()
+        }
+        return {
+            task: told[task] if describe(target) == task else f"target: {describe(target)}"
+            for task, target in self._terms.items()
+        }
 
     def _plan_of_backbones(self) -> dict[str, Any]:
         sizes = sorted(map(module_bytes, self.backbones.values()), reverse=True)
@@ -211,13 +329,11 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         return {"models": sum(sizes[:2]), "lines": {"offload": waiting}}
 
     def describe_run(self) -> dict[str, Any]:
-        tasks = list(self.loaded_teachers)
+        tasks = list(self.targets)
         return {
             "summary": (
                 f"One LoRA for {'the task' if len(tasks) == 1 else f'{len(tasks)} tasks'} ({', '.join(map(escape, tasks))}), learned "
-                f"from {'a teacher' if len(tasks) == 1 else 'a teacher for each'}. It was distilled on-policy: the "
-                "student drew images of its own, and at every denoising step the teacher of the image's task "
-                "showed where it would have gone instead."
+                f"from {'a teacher' if len(tasks) == 1 else 'a teacher for each'}. {self.objective.story}"
             ),
             "teachers": [
                 TeacherRecord(
@@ -231,117 +347,3 @@ class DiffusionOPDTrainer(DiffusionTrainer):
                 for task, teacher in self.loaded_teachers.items()
             ],
         }
-
-    # The method
-
-    def train_round(self, model: nn.Module, micro_round: int) -> tuple[torch.Tensor, int]:
-        """One (micro-)round of Algorithm 1: every task's batch is rolled out and distilled, in a single pass."""
-        self.prepare_prompts(self.state.global_step)
-        batches = self.rounds.batches(self.state.global_step, micro_round)
-        num_steps = len(self.schedule) - self.args.skip_last_steps
-        loss_weight = 1 / (len(batches) * num_steps * self.current_gradient_accumulation_steps)
-        backbones = [self.teachers[batch.task].model for batch in batches]
-        divergences = []
-        for index, batch in enumerate(batches):
-            self.turns.begin(backbones[index], then=backbones[(index + 1) % len(batches)])
-            is_last_batch = index == len(batches) - 1
-            divergences.append(self.distill(model, batch, num_steps, loss_weight, is_last_batch))
-        divergences = torch.stack(divergences)
-        divergences = self.accelerator.reduce(divergences, reduction="mean")
-        self.check_finite(divergences, batches)
-        self.log_divergences(divergences, batches)
-        loss = divergences.mean() / self.current_gradient_accumulation_steps
-        return loss, sum(len(batch.prompts) for batch in batches)
-
-    def distill(
-        self, model: nn.Module, batch: TaskBatch, num_steps: int, loss_weight: float, is_last_batch: bool
-    ) -> torch.Tensor:
-        """
-        Rolls the student out on a batch and accumulates the gradient of each step as it is taken.
-
-        No parameter changes within a round, so the velocity that the student is rolled out with is the one to
-        differentiate: one forward of each model per step, instead of a rollout and two replays of it.
-
-        Args:
-            model (`torch.nn.Module`):
-                The student, in its data-parallel wrapper.
-            batch ([`TaskBatch`]):
-                `B` samples of one task.
-            num_steps (`int`):
-                Number of steps to train.
-            loss_weight (`float`):
-                Weight of each step's loss.
-            is_last_batch (`bool`):
-                Whether this is the round's last batch; gradients are reduced over the processes in its last backward.
-
-        Returns:
-            `torch.Tensor` of shape `[num_steps]`: the divergence of each step, averaged over the batch.
-        """
-        args, teacher = self.args, self.teachers[batch.task]
-        conditioning = self.prompts.conditioning(batch.prompts)
-        noise, generators = self.sampler.noise(batch.seeds)
-        trajectory = Trajectory(
-            noise, self.schedule, solver=args.solver, noise_level=args.noise_level, generator=generators
-        )
-        divergences = []
-        for index in range(num_steps):
-            sample, timestep = trajectory.sample, trajectory.timestep
-            # The teacher comes first: between the student's forward and backward no adapter may be switched.
-            target = self.sampler.velocity(teacher, sample, timestep, conditioning)
-            with self.reduce_only_if(model, is_last_batch and index == num_steps - 1):
-                velocity = model(sample, timestep, *conditioning.batch(args.guidance_scale), args.guidance_scale)
-                step = trajectory.step(velocity)
-                divergence = step_divergence(velocity, target, step.transition).mean()
-                self.accelerator.backward(loss_weight * divergence)
-            divergences.append(divergence.detach())
-        return torch.stack(divergences)
-
-    def rollout_metrics(
-        self, policy: Policy, batch: TaskBatch, conditioning: Conditioning
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """
-        Adds `kl`, the mean divergence from the task's teacher over the steps that are trained; and with `eval_fixed_kl` the
-        one at the states of the teacher's own rollout, `fixed_kl`.
-        """
-        teacher = self.teachers[batch.task]
-        latents, divergence = self._divergence(policy, teacher, batch, conditioning)
-        metrics = {"kl": divergence}
-        if self.args.eval_fixed_kl:
-            _, metrics["fixed_kl"] = self._divergence(teacher, policy, batch, conditioning)
-        return latents, metrics
-
-    def _divergence(
-        self, policy: Policy, other: Policy, batch: TaskBatch, conditioning: Conditioning
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where the rollout of `policy` ends, and its mean divergence `[B]` from `other` over the trained steps."""
-        num_steps = len(self.eval_schedule) - self.args.skip_last_steps
-        divergences = []
-        for step in self.evaluator.rollout(policy, conditioning, batch.seeds):
-            if step.index < num_steps:
-                timestep = self.eval_schedule.timesteps[step.index].to(step.sample.device)
-                velocity = self.sampler.velocity(other, step.sample, timestep, conditioning)
-                divergences.append(step_divergence(step.velocity, velocity, step.transition))
-        return step.next_sample, torch.stack(divergences).mean(0)
-
-    # Checks and logs
-
-    def check_finite(self, divergences: torch.Tensor, batches: list[TaskBatch]) -> None:
-        """Raises a `FloatingPointError` that names task and step of the first divergence that is NaN or infinite."""
-        broken = (~torch.isfinite(divergences)).nonzero()
-        if len(broken):
-            batch, step = broken[0].tolist()
-            raise FloatingPointError(
-                f"The divergence from the teacher of task {batches[batch].task!r} is {divergences[batch, step].item()} "
-                f"at denoising step {step} (sigma {self.schedule.sigmas[step].item():.4f}) of round "
-                f"{self.state.global_step}. Nothing was updated and the last checkpoint is intact. Lower "
-                "`learning_rate`, or train in bf16 or fp32 instead of fp16."
-            )
-
-    def log_divergences(self, divergences: torch.Tensor, batches: list[TaskBatch]) -> None:
-        """Logs the divergence of each task and of each denoising step."""
-        tasks = [batch.task for batch in batches]
-        for task in dict.fromkeys(tasks):
-            of_task = divergences[[index for index, name in enumerate(tasks) if name == task]]
-            self.metrics[f"kl/{task}"].append(of_task.mean().item())
-        for index, value in enumerate(divergences.mean(0).tolist()):
-            self.metrics[f"kl_step/{index}"].append(value)

@@ -11,12 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support import distributed_families, distributed_rl_run
+from tests.support import distributed_families, distributed_objectives, distributed_rl_run
 
 
 SCRIPT = Path(__file__).parents[2] / "support" / "distributed_run.py"
 RL_SCRIPT = Path(__file__).parents[2] / "support" / "distributed_rl_run.py"
 FAMILIES_SCRIPT = Path(__file__).parents[2] / "support" / "distributed_families.py"
+OBJECTIVES_SCRIPT = Path(__file__).parents[2] / "support" / "distributed_objectives.py"
 CONFIGS = Path(__file__).parents[3] / "examples" / "accelerate_configs"
 
 
@@ -51,11 +52,14 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
     assert (tmp_path / "two" / "out" / "images" / "step_000003.png").is_file()
 
 
-def test_two_processes_of_every_family_equal_one(tmp_path):
+@pytest.mark.parametrize(
+    ("script", "module"), [(FAMILIES_SCRIPT, distributed_families), (OBJECTIVES_SCRIPT, distributed_objectives)]
+)
+def test_two_processes_of_every_family_and_objective_equal_one(tmp_path, script, module):
     (tmp_path / "one").mkdir()
-    distributed_families.main(tmp_path / "one", 2)
+    module.main(tmp_path / "one", 2)
     one = json.loads((tmp_path / "one" / "result.json").read_text())
-    two = launch(FAMILIES_SCRIPT, tmp_path / "two", 2, 1)
+    two = launch(script, tmp_path / "two", 2, 1)
     assert (one["processes"], two["processes"]) == (1, 2)
     for name, losses in one["losses"].items():
         assert two["losses"][name] == pytest.approx(losses, rel=1e-3), name

@@ -254,6 +254,16 @@ def test_a_full_model_teacher_has_no_merge(tmp_path):
     assert "merge" not in format_table(results)
 
 
+def test_a_teacher_with_magnitudes_has_no_merge(tmp_path):
+    """Its update cannot be added to others: PEFT rescales what the adapters before it gave."""
+    dora = save_diffusers_lora(tmp_path / "dora", *random_lora(seed=3, use_dora=True))
+    teachers = make_teachers(tmp_path, scene=str(dora))
+    results = make_trainer(
+        tmp_path, teachers=teachers, eval_dataset=PROMPTS, reward_funcs={"count": brightness}, guidance_scale=1.0
+    ).compare()
+    assert "merge" not in results and math.isfinite(results["teachers"]["scene"]["count"])
+
+
 def test_a_student_of_a_zero_teacher_stays_the_base(tmp_path):
     config, state = random_lora(seed=1)
     save_diffusers_lora(tmp_path / "zero", config, {k: torch.zeros_like(v) for k, v in state.items()})

@@ -59,7 +59,7 @@ class EvaluationArguments:
     )
     base: bool = field(default=True, metadata={"help": "Evaluate the base itself; --no_base leaves it out."})
     merge: list[str] | str | None = _words(
-        "Evaluate merges of the LoRAs too: sum, mean, or both; sum=a,b of two of them.", "HOW[=NAME,NAME]"
+        "Evaluate merges of the LoRAs too: sum, mean, ties, dare; sum=a,b of two of them.", "HOW[=NAME,NAME]"
     )
     benchmarks: list[str] | str | tuple[str, ...] | None = _words(
         f"Of {', '.join(BENCHMARKS)}, files of benchmarks (path/to/benchmarks.yaml, or path/to/benchmarks.yaml:NAME "

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from ...hub.locations import Origin
 from ...lora.adapters import add_lora
+from ...lora.merging import merged_lora
 from ...models.family import ModelFamily
 from ...models.loading import load_pipeline
 from ...models.prompt_encoder import PromptEncoder
@@ -96,6 +97,7 @@ class EntrySampler:
         pipe = load_pipeline(model, dtype, origin=origin, family=family)
         self.resolution = resolution or min(LARGEST_DEFAULT, *family.default_size(pipe))
         shape = family.latent_shape(pipe, self.resolution, self.resolution)
+        self.loras, self.transformer = loras, pipe.transformer
         self.adapters = {name: f"lora_{index}" for index, name in enumerate(loras)}
         for name, lora in loras.items():
             add_lora(pipe.transformer, lora.weights, self.adapters[name])
@@ -121,8 +123,7 @@ class EntrySampler:
         Raises:
             `ValueError`: they hold pixels that are not numbers.
         """
-        adapters = tuple(self.adapters[name] for name in entry.loras)
-        policy = Policy(entry.name, entry.guidance_scale, adapters, weight=entry.weight)
+        policy = Policy(entry.name, entry.guidance_scale, self._adapters(entry), weight=entry.weight)
         latents = self.sampler.sample_latents(policy, conditioning, list(seeds), self.schedule)
         images = self.sampler.decode(latents)
         if not (latents.isfinite().all() and images.isfinite().all()):
@@ -131,6 +132,17 @@ class EntrySampler:
                 "Try another `--dtype`; if it is no better in float32, its weights are broken."
             )
         return images
+
+    def _adapters(self, entry: Entry) -> tuple[str, ...]:
+        """The adapters of a row; a merge that is more than adding up becomes one when it is first drawn."""
+        if entry.method is None:
+            return tuple(self.adapters[name] for name in entry.loras)
+        merge = f"merge_{entry.method}"
+        if merge not in self.transformer.peft_config:
+            # What DARE drops depends on the order, which must not be that of the options.
+            own = [self.adapters[name] for name in sorted(entry.loras, key=lambda name: self.loras[name].sha256)]
+            add_lora(self.transformer, merged_lora(self.transformer, own, entry.method, owner=merge), merge)
+        return (merge,)
 
 
 def draw_images(

@@ -9,12 +9,12 @@ from pathlib import Path
 from ...hub.locations import Origin
 from ...lora.files import LoraWeights, load_lora
 from ...lora.fingerprints import lora_sha256
+from ...lora.merging import METHODS
 from ...models.family import ModelFamily
 
 
 BASE = "base"
-MERGES = ("sum", "mean")
-_RESERVED = (BASE, *(f"merge_{merge}" for merge in MERGES), "prompts")
+_RESERVED = (BASE, *(f"merge_{method}" for method in METHODS), "prompts")
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,18 @@ class Entry:
         guidance_scale (`float`):
             Classifier-free guidance.
         loras (`tuple[str, ...]`, *optional*):
-            Names of the LoRAs whose updates are added up on the base.
+            Names of the LoRAs whose updates are merged on the base.
         weight (`float`, *optional*, defaults to `1.0`):
             Weight of each of these updates.
+        method (`str`, *optional*):
+            How they are merged, as [`merge_updates`] names it; by default they are added up, each with its weight.
     """
 
     name: str
     guidance_scale: float
     loras: tuple[str, ...] = ()
     weight: float = 1.0
+    method: str | None = None
 
 
 @dataclass(frozen=True)
@@ -79,8 +82,8 @@ def choose_entries(
         base (`bool`, *optional*, defaults to `True`):
             Whether the base itself is one.
         merge (`Sequence[str]`, *optional*):
-            `"sum"` adds the row `merge_sum`, the updates of all LoRAs added up, and `"mean"` the row `merge_mean`;
-            `"sum=a,b"` those of the LoRAs `a` and `b` alone.
+            `"sum"` adds the row `merge_sum`, the updates of all LoRAs added up, and `"mean"`, `"ties"` and `"dare"` the
+            rows of these merges; `"sum=a,b"` those of the LoRAs `a` and `b` alone.
 
     Raises:
         `ValueError`: nothing to compare, a name that cannot be a folder's, a merge that is not known, or a guidance scale
@@ -93,17 +96,19 @@ def choose_entries(
                 f"A LoRA cannot be called {name!r}. Name it in letters, digits and `._+-`, and not "
                 f"{', '.join(_RESERVED)}: `--lora NAME=SOURCE`."
             )
-    models = {BASE: ((), 1.0)} if base else {}
-    models |= {name: ((name,), 1.0) for name in names}
-    models |= {f"merge_{how}": (own, 1.0 if how == "sum" else 1 / len(own)) for how, own in _merges(merge, names)}
+    models: dict[str, tuple[tuple[str, ...], float, str | None]] = {BASE: ((), 1.0, None)} if base else {}
+    models |= {name: ((name,), 1.0, None) for name in names}
+    for how, own in _merges(merge, names):
+        weight = 1 / len(own) if how == "mean" else 1.0
+        models[f"merge_{how}"] = (own, weight, None if how in ("sum", "mean") else how)
     if not models:
         raise ValueError("There is nothing to evaluate. Pass `--lora`, or leave out `--no_base`.")
     if unknown := [name for name in scales if name is not None and name not in models]:
         raise ValueError(f"`--guidance_scale` names {unknown[0]!r}, but the models are {', '.join(models)}.")
     rows = []
-    for name, (loras, weight) in models.items():
+    for name, what in models.items():
         own = list(dict.fromkeys(scales.get(name, scales.get(None, [default_scale]))))
-        rows += [Entry(f"{name}, guidance {g:g}" if len(own) > 1 else name, float(g), loras, weight) for g in own]
+        rows += [Entry(f"{name}, guidance {g:g}" if len(own) > 1 else name, float(g), *what) for g in own]
     return rows
 
 
@@ -112,14 +117,14 @@ def _merges(words: Sequence[str], names: Sequence[str]) -> Iterator[tuple[str, t
     for word in dict.fromkeys(words):
         how, _, chosen = word.partition("=")
         own = tuple(dict.fromkeys(chosen.split(","))) if chosen else tuple(names)
-        if how not in MERGES:
-            raise ValueError(f"`--merge` is one of {', '.join(MERGES)}, or both, but not {how!r}.")
+        if how not in METHODS:
+            raise ValueError(f"`--merge` takes {', '.join(METHODS)}, or several of them, but not {how!r}.")
         if sum(other.partition("=")[0] == how for other in words) > 1:
             raise ValueError(f"`--merge` has {how!r} twice. Keep one, or use another `--output_dir` for the other.")
         if unknown := [name for name in own if name not in names]:
             raise ValueError(f"`--merge {word}` names {unknown[0]!r}, but the LoRAs are {', '.join(names)}.")
         if len(own) < 2:
-            raise ValueError("`--merge` adds LoRAs up and needs two or more of them. Pass them to `--lora`.")
+            raise ValueError("`--merge` merges LoRAs and needs two or more of them. Pass them to `--lora`.")
         yield how, own
 
 
@@ -136,3 +141,21 @@ def load_loras(sources: Mapping[str, str | Path], family: ModelFamily) -> dict[s
         weights, origin = load_lora(source, owner=f"LoRA {name!r} ({source})", convert=family.convert_lora)
         loras[name] = Lora(weights, origin, lora_sha256(weights))
     return loras
+
+
+def check_merges(entries: Sequence[Entry], loras: Mapping[str, Lora]) -> None:
+    """
+    Checks that what is merged can be.
+
+    Raises:
+        `ValueError`: a LoRA is more than an update of weights, which is all that a merge is of.
+    """
+    for entry in entries:
+        for name in entry.loras if len(entry.loras) > 1 else ():
+            config = loras[name].weights.config
+            if config.use_dora or (config.lora_bias and entry.method):
+                what = "magnitudes (DoRA)" if config.use_dora else "biases"
+                raise ValueError(
+                    f"The LoRA {name!r} has {what}, but only updates `B A` of weights can be merged into {entry.name!r}. "
+                    "Name the other LoRAs: `--merge HOW=NAME,NAME`."
+                )

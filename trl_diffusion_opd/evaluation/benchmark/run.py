@@ -20,7 +20,7 @@ from ...models.loading import check_pipeline, read_configs
 from ...utils.distributed import check_processes, use_all_cores
 from .arguments import EvaluationArguments
 from .drawing import EntrySampler, ImageSpec, draw_images
-from .entries import Entry, Lora, choose_entries, load_loras
+from .entries import Entry, Lora, check_merges, choose_entries, load_loras
 from .folder import ResultsFolder
 from .report import write_report
 from .scoring import Scorer, check_scorers, make_scorers, score_images
@@ -128,6 +128,7 @@ def _prepare(arguments: EvaluationArguments, accelerator: Accelerator) -> _Plan:
         family.check_guidance(configs, entry.guidance_scale)
     with accelerator.main_process_first():
         loras = load_loras(arguments.loras, family)
+    check_merges(entries, loras)
     length = arguments.max_sequence_length or defaults.max_sequence_length
     family.check_length(length)
     sets = _by_main(accelerator, lambda: {suite.name: _load_prompts(folder, suite) for suite in suites})

@@ -8,9 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from ...hub.locations import Origin
+from ...lora.merging import DARE_DROP, TIES_DENSITY
 from .entries import Entry, Lora
 from .scoring import Scorer
 from .suites import Benchmark, rows_sha256
+
+
+# What else decides what a merge is, and what it is called then.
+_MERGES = {"ties": f"TIES, density {TIES_DENSITY:g}", "dare": f"DARE, drop {DARE_DROP:g}"}
 
 
 def base_identity(model: str | Path, origin: Origin) -> str | None:
@@ -34,6 +39,7 @@ def entry_settings(entry: Entry, loras: Mapping[str, Lora]) -> dict[str, Any]:
         "guidance_scale": entry.guidance_scale,
         "weights": sorted(lora.sha256 for lora in own),
         **({} if entry.weight == 1 else {"weight": entry.weight}),
+        **({} if entry.method is None else {"merge": _MERGES[entry.method]}),
         "origins": [asdict(lora.origin) for lora in own],
     }
 

@@ -150,7 +150,8 @@ def _reference_table() -> Table:
 def _models_table(settings: dict[str, Any]) -> Table:
     def loras(model: dict[str, Any]) -> str:
         names = " + ".join(origin["name"] for origin in model["origins"]) or NOTHING
-        return f"{model['weight']:.3g} ({names})" if "weight" in model else names
+        factor = model.get("merge") or (f"{model['weight']:.3g}" if "weight" in model else None)
+        return f"{factor} ({names})" if factor else names
 
     rows = [[name, loras(model), f"{model['guidance_scale']:g}"] for name, model in settings["models"].items()]
     note = (
