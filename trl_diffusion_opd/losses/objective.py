@@ -92,15 +92,12 @@ class Course:
             Of the student.
         has_branches (`bool`):
             Whether the student's guidance is made of two branches.
-        sigmas (`list[float]`, *optional*):
-            The schedule, once it is known.
     """
 
     solver: str
     noise_level: float
     guidance_scale: float
     has_branches: bool
-    sigmas: list[float] | None = None
 
 
 class Distillation(Protocol):
@@ -172,6 +169,8 @@ class Objective(ABC):
             How the student learned, for its card.
         needs_branches (`bool`):
             Whether predictions hold both branches of guidance.
+        needs_noise (`bool`):
+            Whether each trained step must have noise.
         needs_fake (`bool`):
             Whether there is a fake score, a second LoRA that learns the student's own distribution.
         visits (`bool`):
@@ -185,6 +184,7 @@ class Objective(ABC):
         "image's task showed where it would have gone instead."
     )
     needs_branches: ClassVar[bool] = False
+    needs_noise: ClassVar[bool] = False
     needs_fake: ClassVar[bool] = False
     visits: ClassVar[bool] = True
 

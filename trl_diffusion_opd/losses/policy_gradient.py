@@ -46,6 +46,7 @@ class PolicyGradient(StepObjective):
 
     name = "policy_gradient"
     title = "policy gradient, Eq. 16-19"
+    needs_noise = True
 
     advantage: str = "kl"
     reduction: str = "mean"

@@ -2,6 +2,7 @@
 """The objectives by name."""
 
 import importlib
+import inspect
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -57,7 +58,7 @@ def _import(name: str) -> type[Objective]:
             found = getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError) as error:
             raise ValueError(f"`objective` {name!r} cannot be imported: {error}.") from error
-        if isinstance(found, type) and issubclass(found, Objective):
+        if isinstance(found, type) and issubclass(found, Objective) and not inspect.isabstract(found):
             return found
     raise ValueError(
         f"`objective` must be one of {', '.join(OBJECTIVES)}, or 'package.module:Class' of an `Objective`, but is {name!r}."

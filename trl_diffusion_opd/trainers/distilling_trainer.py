@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..data.rounds import TaskBatch
+from ..data.rounds import TaskBatch, prompt_at, sample_seed, spread
 from ..lora.adapters import lora_state_dict
+from ..lora.merging import set_adapter
+from ..lora.ssr import SSRStatistics, ssr_factors
 from ..losses.objective import Course, Objective
 from ..losses.opd import step_divergence
 from ..losses.queries import query_probabilities
@@ -19,7 +21,7 @@ from ..losses.targets import Target
 from ..models.loading import STUDENT
 from ..models.sampler import Mixture, Policy
 from ..models.velocity import Conditioning
-from ..sampling.transitions import transition
+from ..sampling.transitions import Transition, transition
 from ..utils.serialization import write_json
 from ..utils.turns import Turns
 from .base_trainer import DiffusionTrainer
@@ -32,6 +34,7 @@ from .task_balance import TaskBalance
 
 
 AVERAGE_ADAPTER = "average"
+CALIBRATION_PROMPTS = 8  # of each task, for SSR-Merge
 _BALANCE_FILE = "task_balance.json"
 
 
@@ -69,10 +72,33 @@ class DistillingTrainer(DiffusionTrainer):
             return known[target[0].model]
         return Mixture(name, tuple((term.weight, known[term.model]) for term in target))
 
+    @property
+    def teacher_adapters(self) -> list[str]:
+        """The LoRAs of all teachers."""
+        return [name for teacher in self.teachers.values() for name in teacher.adapters]
+
+    def merge_by_what_teachers_see(self) -> None:
+        """SSR-Merge: teachers draw some prompts of their tasks, and their inputs weigh their updates."""
+        statistics = SSRStatistics(self.transformer, self.teacher_adapters)
+        for task, teacher in self.teachers.items():
+            positions = spread(self.datasets[task], CALIBRATION_PROMPTS) if task in self.datasets else []
+            for position in positions:
+                prompt = prompt_at(self.datasets[task], position)[self.args.prompt_column]
+                seed = sample_seed(self.args.seed, f"{task} {prompt}", 0, 0)
+                with statistics.of(*teacher.adapters):
+                    self.sampler.sample_latents(teacher, self.prompts.conditioning([prompt]), [seed], self.schedule)
+        set_adapter(self.transformer, ssr_factors(statistics), STUDENT)
+
     def prepare_sampling(self, args: DiffusionOPDConfig) -> None:
         super().prepare_sampling(args)
         self.balance = TaskBalance(self.rounds.weights, args.adaptive_task_weights)
         trained = len(self.schedule) - args.skip_last_steps
+        if self.objective.needs_noise and 0 in (idle := [self._step(index).std for index in range(trained)]):
+            raise ValueError(
+                f"`objective={self.objective.name!r}` needs noise in each trained step, but step {idle.index(0)} of "
+                f"{len(self.schedule)} of the solver {args.solver!r} has none. Leave it out: `skip_last_steps="
+                f"{len(self.schedule) - idle.index(0)}`."
+            )
         weights = None
         if args.query_distribution == "importance":
             weights = [self._step_weight(index) for index in range(trained)]
@@ -80,17 +106,13 @@ class DistillingTrainer(DiffusionTrainer):
 
     def _step_weight(self, index: int) -> float:
         """The objective's weight of a step."""
-        sigmas, nothing = self.schedule.sigmas.tolist(), torch.zeros(1, 1)
-        step = transition(
-            self.args.solver,
-            nothing,
-            nothing,
-            sigmas[index],
-            sigmas[index + 1],
-            noise_level=self.args.noise_level,
-            sigma_max=sigmas[1],
-        )
-        return self.objective.weight(step, sigmas[index])
+        return self.objective.weight(self._step(index), self.schedule.sigmas[index].item())
+
+    def _step(self, index: int) -> Transition:
+        """A step of the rollout, from nowhere: its coefficients."""
+        args, sigmas, nothing = self.args, self.schedule.sigmas.tolist(), torch.zeros(1, 1)
+        ends = sigmas[index], sigmas[index + 1]
+        return transition(args.solver, nothing, nothing, *ends, noise_level=args.noise_level, sigma_max=sigmas[1])
 
     # Rounds
 
@@ -232,8 +254,10 @@ class DistillingTrainer(DiffusionTrainer):
                     by_step[step].append(row["kl"])
         losses = {task: float(np.mean(values)) for (name, task), values in by_task.items() if name == "loss"}
         self.balance.add(losses, is_last=self.accelerator.sync_gradients)
+        args = self.args
+        is_divergence = args.objective == "kl" and self.anchor is None and args.query_steps is None
         for (name, task), values in by_task.items():
-            if name != "loss" or self.args.objective != "kl":  # where it is the divergence
+            if name != "loss" or not is_divergence:
                 self.metrics[f"{name}/{task}"].append(float(np.mean(values)))
         for step, values in sorted(by_step.items()):
             self.metrics[f"kl_step/{step}"].append(float(np.mean(values)))

@@ -178,11 +178,8 @@ class DiffusionOPDConfig(DiffusionConfig):
                 f"`query_distribution={self.query_distribution!r}` says where the queried steps are, but all are. Set "
                 "`query_steps`."
             )
-        averaged = [
-            self.extrapolation_reference,
-            self.anchor,
-            *(name for mix in (self.targets or {}).values() for name in mix),
-        ]
+        mixtures = [mixture for mixture in (self.targets or {}).values() if isinstance(mixture, Mapping)]
+        averaged = [self.extrapolation_reference, self.anchor, *(name for mixture in mixtures for name in mixture)]
         if "average" in averaged and self.ema_decay is None:
             raise ValueError("'average' is the moving average of the student, but there is none. Set `ema_decay`.")
         self._check("teacher_extrapolation", math.isfinite(self.teacher_extrapolation), "a finite number")

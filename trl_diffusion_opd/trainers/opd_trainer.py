@@ -13,12 +13,12 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from transformers import TrainerCallback
 
-from ..data.rounds import StudentPrompt, prompt_at, sample_seed, spread
+from ..data.rounds import StudentPrompt
 from ..data.student_prompts import student_prompts
 from ..lora.adapters import add_lora, lora_state_dict
 from ..lora.files import LoraWeights
-from ..lora.merging import merge_adapters, set_adapter
-from ..lora.ssr import SSR, SSRStatistics, ssr_factors
+from ..lora.merging import merge_adapters
+from ..lora.ssr import SSR
 from ..losses.targets import AVERAGE, BASE, check_models, describe, make_targets
 from ..models.loading import STUDENT
 from ..models.sampler import Policy
@@ -37,9 +37,6 @@ from .method_plan import MethodPlan, format_origin
 from .opd_config import DiffusionOPDConfig
 from .target_samples import FOLDER as SAMPLES_FOLDER
 from .target_samples import TargetSamples
-
-
-CALIBRATION_PROMPTS = 8  # of each task, for SSR-Merge
 
 
 class DiffusionOPDTrainer(DistillingTrainer):
@@ -172,13 +169,18 @@ class DiffusionOPDTrainer(DistillingTrainer):
         return student_prompts(self._student_prompt, self.datasets)
 
     def fetch_models(self) -> None:
-        for task, config in self._teacher_configs.items():
-            scale = self.teacher_guidance_scale if config.guidance_scale is None else config.guidance_scale
+        scales = {
+            f"the teacher of task {task!r}": config.guidance_scale for task, config in self._teacher_configs.items()
+        }
+        if {BASE, AVERAGE} & {self._anchor, *(term.model for target in self._terms.values() for term in target)}:
+            scales["the base in a target"] = None
+        for whose, own in scales.items():
+            scale = self.teacher_guidance_scale if own is None else own
             self.family.check_guidance(self.configs, scale)
             if self.objective.needs_branches and not self.family.needs_negative(scale):
                 raise ValueError(
-                    f"`objective={self.objective.name!r}` matches both branches of guidance, but at guidance {scale:g} the "
-                    f"teacher of task {task!r} has one. Raise its `guidance_scale` above 1."
+                    f"`objective={self.objective.name!r}` matches both branches of guidance, but at guidance {scale:g} "
+                    f"{whose} has one. Raise it above 1."
                 )
         self._teacher_files = fetch_teachers(self._teacher_configs, self.family)
         if any(found.place is not None for found in self._teacher_files.values()):
@@ -239,32 +241,16 @@ class DiffusionOPDTrainer(DistillingTrainer):
                 )
                 raise ValueError(f"`merge_teachers` merges LoRAs on the student's base to start from, but {what}.")
             if args.merge_teachers != SSR:
-                merge_adapters(self.transformer, self._teacher_adapters, args.merge_teachers, STUDENT)
+                merge_adapters(self.transformer, self.teacher_adapters, args.merge_teachers, STUDENT)
         self.fake_score = None
         if self.objective.needs_fake:
             rate = self.objective.fake_learning_rate or args.learning_rate
             self.fake_score = FakeScore(self.transformer, self.family, rate, (args.adam_beta1, args.adam_beta2))
 
-    @property
-    def _teacher_adapters(self) -> list[str]:
-        return [name for teacher in self.teachers.values() for name in teacher.adapters]
-
-    def _merge_by_what_teachers_see(self) -> None:
-        """SSR-Merge: teachers draw some prompts of their tasks, and their inputs weigh their updates."""
-        statistics = SSRStatistics(self.transformer, self._teacher_adapters)
-        for task, teacher in self.teachers.items():
-            positions = spread(self.datasets[task], CALIBRATION_PROMPTS) if task in self.datasets else []
-            for position in positions:
-                prompt = prompt_at(self.datasets[task], position)[self.args.prompt_column]
-                seed = sample_seed(self.args.seed, f"{task} {prompt}", 0, 0)
-                with statistics.of(*teacher.adapters):
-                    self.sampler.sample_latents(teacher, self.prompts.conditioning([prompt]), [seed], self.schedule)
-        set_adapter(self.transformer, ssr_factors(statistics), STUDENT)
-
     def prepare_sampling(self, args: DiffusionOPDConfig) -> None:
         super().prepare_sampling(args)
         if args.merge_teachers == SSR and self.first_checkpoint is None:
-            self._merge_by_what_teachers_see()
+            self.merge_by_what_teachers_see()
         if args.merge_teachers is not None and self.ema is not None:
             self.ema.load_state_dict(self.ema.parameters)
         made_of = json.dumps(

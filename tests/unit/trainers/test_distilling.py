@@ -228,6 +228,15 @@ def test_tasks_that_lag_get_weight(tmp_path):
         ({"objective_kwargs": {"beta": 1}}, "has beta, but the objective 'kl' has no settings"),
         ({"objective": "branches", "guidance_scale": 1.0}, "both branches of the student's guidance, but at"),
         ({"objective": "branches", "teachers": "as they are"}, "at guidance 1 the teacher of task 'scene' has one"),
+        (
+            {"objective": "branches", "teacher_guidance_scale": 1.0, "anchor": "base", "teachers": "guided"},
+            "at guidance 1 the base in a target has one",
+        ),
+        (
+            {"objective": "policy_gradient", "noise_level": 0.7, "solver": "ddim", "skip_last_steps": 0},
+            "step 3 of 4 of the solver 'ddim' has none. Leave it out: `skip_last_steps=1`",
+        ),
+        ({"targets": {"count": None}}, "must map models to weights"),
         ({"objective": "policy_gradient"}, "at `noise_level` 0 the step is a function of the state"),
         ({"objective": "dmd", "noise_level": 0.7}, "along its ODE, but `noise_level` is 0.7"),
         ({"objective": "sft"}, "to be used without guidance, but `guidance_scale` is 2"),
@@ -253,6 +262,8 @@ def test_tasks_that_lag_get_weight(tmp_path):
 def test_what_cannot_be_is_refused(tmp_path, settings, message):
     settings = dict(settings)
     given = settings.pop("teachers", None)
-    teachers = make_teachers(tmp_path) if given else guided_teachers(tmp_path)
+    teachers = make_teachers(tmp_path) if given == "as they are" else guided_teachers(tmp_path)
+    if given == "guided":
+        teachers = {task: {"name_or_path": teacher, "guidance_scale": 2.0} for task, teacher in teachers.items()}
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, teachers=teachers, pipeline=tiny_pipeline(), **settings)
