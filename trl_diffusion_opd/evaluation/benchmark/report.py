@@ -7,6 +7,7 @@ from typing import Any
 
 from ...rewards import REWARDS, reward_class
 from ...rewards.geneval_rules import parse_metadata, summarize
+from ..statistics import STATISTICS
 from .average import average, paper_table
 from .folder import ResultsFolder
 from .pages import gallery_page, summary_page
@@ -23,8 +24,8 @@ def write_report(folder: ResultsFolder) -> dict[str, Any]:
             All that it holds is reported, whichever run it is of.
 
     Returns:
-        `dict`: what `summary.json` holds: `settings`, `results` (a row per model, benchmark and reward), `table` (the
-        columns of the paper's Table 1 by model, in its scale) and `average`.
+        `dict`: what `summary.json` holds: `settings`, `results` (a row per model, benchmark and reward), `statistics` (a
+        row per model and benchmark), `table` (the columns of the paper's Table 1 by model, in its scale) and `average`.
     """
     settings = folder.load_settings()
     images = {name: _images(folder, settings, name) for name in settings["benchmarks"]}
@@ -37,6 +38,7 @@ def write_report(folder: ResultsFolder) -> dict[str, Any]:
     summary = {
         "settings": settings,
         "results": results,
+        "statistics": [row for name, own in images.items() for row in _statistics(settings, name, own)],
         "table": table,
         "average": {name: average(scores) for name, scores in table.items()},
         "reference": {
@@ -63,6 +65,7 @@ def _images(folder: ResultsFolder, settings: dict[str, Any], benchmark: str) -> 
         model: {reward: folder.scores(model, benchmark, reward) for reward in about["rewards"]}
         for model in settings["models"]
     }
+    statistics = {model: folder.statistics(model, benchmark) for model in settings["models"]}
     rows = []
     for position in positions(len(prompts), about["num_images"]):
         prompt = prompts[position % len(prompts)]
@@ -79,6 +82,7 @@ def _images(folder: ResultsFolder, settings: dict[str, Any], benchmark: str) -> 
                 "seed": image_seed(settings["seed"], benchmark, position),
                 "guidance_scale": settings["models"][model]["guidance_scale"],
                 "scores": {reward: None if math.isnan(value) else value for reward, value in found.items()},
+                "statistics": statistics[model].get(position, {}),
             }
             if tag := _tag(prompt, about):
                 row["tag"] = tag
@@ -131,15 +135,30 @@ def _results(settings: dict[str, Any], benchmark: str, images: list[dict[str, An
     return results
 
 
+def _statistics(settings: dict[str, Any], benchmark: str, images: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The mean statistics of each model's images of a benchmark."""
+    found = []
+    for model in settings["models"]:
+        own = [row["statistics"] for row in images if row["model"] == model and row["statistics"]]
+        if own:
+            pairs = [row["diversity"] for row in own if row["diversity"] is not None]
+            means = {name: _mean([row[name] for row in own]) for name in STATISTICS} | {"diversity": _mean(pairs)}
+            counts = {"num_images": len(own), "num_repeated": len(pairs)}
+            found.append({"model": model, "benchmark": benchmark, **means, **counts})
+    return found
+
+
 def _columns(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of a dataset: a column per reward, the same in all rows."""
+    """The rows of a dataset: a column per reward and statistic, the same in all rows."""
     rewards = list(dict.fromkeys(reward for row in rows for reward in row["scores"]))
+    statistics = list(dict.fromkeys(name for row in rows for name in row["statistics"]))
     tags = any("tag" in row for row in rows)
     return [
         {
-            **{name: value for name, value in row.items() if name not in ("scores", "tag")},
+            **{name: value for name, value in row.items() if name not in ("scores", "statistics", "tag")},
             **({"tag": row.get("tag")} if tags else {}),
             **{reward: row["scores"].get(reward) for reward in rewards},
+            **{f"image_{name}": row["statistics"].get(name) for name in statistics},
         }
         for row in rows
     ]

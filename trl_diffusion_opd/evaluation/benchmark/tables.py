@@ -7,6 +7,7 @@ from typing import Any
 
 from ...rewards.geneval_rules import TAGS
 from ...utils.markdown import table as markdown_table
+from ..statistics import STATISTICS
 from .average import average, paper_table
 
 
@@ -23,6 +24,17 @@ PAPER_COLUMNS = {
 }
 REWARD_TITLES = {reward: title for (_, reward), title in PAPER_COLUMNS.items()}
 NOTHING = "–"
+STATISTICS_NOTES = [
+    "They judge nothing; the base's are what to compare with. A score that rises while brightness, contrast, saturation "
+    "or sharpness moves away from the base's may pay for that look and not for better images, and one that rises while "
+    "diversity falls may pay for drawing the same image again.",
+    "Brightness: mean luma, 0 to 1. Contrast: its standard deviation, 0 to 0.5. Saturation: that of HSV, 0 to 1. "
+    "Sharpness: standard deviation of the Laplacian of the luma, 0 to 4.",
+]
+DIVERSITY_NOTE = (
+    "Diversity: mean distance between images of one prompt that were drawn from different noise, 0 to 1: the root mean "
+    "square of their difference at 32 x 32 pixels."
+)
 UNIFIED_REWARD_NOTE = (
     "UnifiedReward: its model is told what to look at in this package's own words, and is not the paper's. Its scores "
     "compare with each other, not with published ones."
@@ -52,7 +64,8 @@ class Table:
 def make_tables(summary: dict[str, Any]) -> list[Table]:
     """
     The tables of a `summary.json`: the paper's Table 1 as far as it was measured, GenEval by kind of prompt, what was
-    measured beside it, where there is an Average the paper's own rows, and what the models are.
+    measured beside it, what the images look like, where there is an Average the paper's own rows, and what the models
+    are.
     """
     settings, results = summary["settings"], summary["results"]
     models = [
@@ -67,6 +80,7 @@ def make_tables(summary: dict[str, Any]) -> list[Table]:
             others.setdefault(title, []).append(row)
     for title, rows in others.items():
         tables.append(_scores_table(title, settings, models, rows))
+    tables.append(_statistics_table(settings, summary["statistics"]))
     if any(value is not None for value in summary["average"].values()):
         tables.append(_reference_table())
     tables.append(_models_table(settings))
@@ -127,6 +141,20 @@ def _parts(settings: dict[str, Any], benchmark: str) -> tuple[str, str]:
     """The table that a benchmark is in, and what it is called there: its title before and after the comma."""
     title, _, own = settings["benchmarks"][benchmark]["title"].partition(",")
     return title, own.strip() or benchmark
+
+
+def _statistics_table(settings: dict[str, Any], statistics: list[dict[str, Any]]) -> Table | None:
+    if not statistics:
+        return None
+    several = len({row["benchmark"] for row in statistics}) > 1
+    repeated = any(row["diversity"] is not None for row in statistics)
+    columns = [*STATISTICS, *(["diversity"] if repeated else [])]
+    rows = []
+    for row in statistics:
+        names = [row["model"], *([settings["benchmarks"][row["benchmark"]]["title"]] if several else [])]
+        rows.append([*names, *(_number(row[name]) for name in columns)])
+    header = ["model", *(["benchmark"] if several else []), *columns]
+    return Table("Image statistics", header, rows, [*STATISTICS_NOTES, *([DIVERSITY_NOTE] if repeated else [])])
 
 
 def _reference_table() -> Table:

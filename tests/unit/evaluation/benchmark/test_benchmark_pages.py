@@ -46,7 +46,8 @@ def test_benchmarks_share_a_table_by_what_is_before_the_comma_of_their_titles():
         "base": {"origin": {"name": "them/base"}},
         **{"num_inference_steps": 4, "resolution": 8, "dtype": "float32", "seed": 0},
     }
-    summary = {"settings": settings, "results": results, "table": {"base": {}}, "average": {"base": None}}
+    summary = {"settings": settings, "results": results, "statistics": []}
+    summary |= {"table": {"base": {}}, "average": {"base": None}}
     mine, other, _ = make_tables(summary)
     assert (mine.title, mine.header) == (
         "Mine",
