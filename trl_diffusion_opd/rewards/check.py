@@ -155,6 +155,7 @@ RELATIONS: dict[str, Callable[["Reward"], Check]] = {
     "aesthetic": check_range,
     "imagereward": check_match,
     "unifiedreward": check_match,
+    "hpsv3": check_match,
 }
 
 

@@ -21,6 +21,7 @@ REWARDS = {
     "aesthetic": "aesthetic:AestheticReward",
     "imagereward": "imagereward:ImageRewardReward",
     "unifiedreward": "unifiedreward:UnifiedRewardReward",
+    "hpsv3": "hpsv3:HPSv3Reward",
 }
 
 

@@ -68,6 +68,7 @@ class TestRegistry:
             "aesthetic",
             "imagereward",
             "unifiedreward",
+            "hpsv3",
         ]
         factors = {}
         for name in REWARDS:

@@ -22,7 +22,7 @@ PAPER_COLUMNS = {
     ("drawbench", "imagereward"): "ImageReward",
     ("drawbench", "unifiedreward"): "UnifiedReward",
 }
-REWARD_TITLES = {reward: title for (_, reward), title in PAPER_COLUMNS.items()}
+REWARD_TITLES = {reward: title for (_, reward), title in PAPER_COLUMNS.items()} | {"hpsv3": "HPSv3"}
 NOTHING = "–"
 STATISTICS_NOTES = [
     "They judge nothing; the base's are what to compare with. A score that rises while brightness, contrast, saturation "

@@ -54,6 +54,9 @@ def test_benchmarks_share_a_table_by_what_is_before_the_comma_of_their_titles():
         ["model", "first: sharpness", "second: sharpness", "UnifiedReward"],
     )
     assert UNIFIED_REWARD_NOTE in mine.notes
+    settings["benchmarks"]["x_one"]["title"] = "Mine"
+    alone = {**summary, "results": [result("x_one", "hpsv3", True), result("x_one", "hpsv2", True)]}
+    assert make_tables(alone)[0].header == ["model", "HPSv3", "HPSv2.1"]
     # A function of one's own that is called so is another reward.
     assert other.header == ["model", "sharpness", "unifiedreward"] and UNIFIED_REWARD_NOTE not in other.notes
 
