@@ -122,6 +122,16 @@ def check_match(reward: "Reward") -> Check:
     return _check(reward, good, scores, "1st > 3rd, 2nd > 4th", "drawn shapes: right texts, then swapped")
 
 
+def check_atoms(reward: "Reward") -> Check:
+    """Questions about a drawn circle get the right answers, and questions about what is not there the wrong ones."""
+    images = as_images([draw(shape="circle", color="red")] * 2)
+    right = [["How many circles are in the image?", "one"], ["Is the circle red?", "Yes"]]
+    wrong = [["How many circles are in the image?", "four"], ["Is the circle blue?", "Yes"]]
+    scores = reward(images, ["a red circle", "four blue circles"], vqa_list=[right, wrong])
+    good = scores[0] > 0.5 > scores[1]
+    return _check(reward, good, scores, "above 0.5, below 0.5", "a drawn circle: right questions, then wrong ones")
+
+
 def check_range(reward: "Reward") -> Check:
     """A drawn image gets a score of the usual size."""
     scores = reward(as_images([draw(shape="circle")]), ["a red circle"])
@@ -156,6 +166,7 @@ RELATIONS: dict[str, Callable[["Reward"], Check]] = {
     "imagereward": check_match,
     "unifiedreward": check_match,
     "hpsv3": check_match,
+    "geneval2": check_atoms,
 }
 
 

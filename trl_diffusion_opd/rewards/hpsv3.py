@@ -13,7 +13,7 @@ from .base import Reward
 from .hpsv3_text import PLACE, load_text
 from .models import find_file, from_weights, load_pretrained, read_weights
 from .preprocessing import to_pil
-from .qwen_chats import image_chats
+from .qwen_chats import chat_inputs
 
 
 # The head reads the score at this token, which the authors added to Qwen2-VL's.
@@ -141,8 +141,7 @@ class HPSv3Reward(Reward):
             self.models["text"].replace(PLACE, "" if broken else prompt)
             for prompt, broken in zip(prompts, odd, strict=True)
         ]
-        chats = image_chats(tokenizer, model.config, pixels, texts)
-        tokens = tokenizer(chats, padding=True, padding_side="right", return_tensors="pt").to(model.device)
+        tokens = chat_inputs(tokenizer, model.config, pixels, texts, padding_side="right").to(model.device)
         count, length = tokens["input_ids"].shape
         states = model(
             input_ids=tokens["input_ids"],

@@ -22,6 +22,7 @@ REWARDS = {
     "imagereward": "imagereward:ImageRewardReward",
     "unifiedreward": "unifiedreward:UnifiedRewardReward",
     "hpsv3": "hpsv3:HPSv3Reward",
+    "geneval2": "geneval2:GenEval2Reward",
 }
 
 

@@ -13,7 +13,7 @@ from .base import Reward
 from .chat_server import ChatError, ChatServer
 from .models import load_pretrained
 from .preprocessing import to_pil
-from .qwen_chats import image_chats
+from .qwen_chats import chat_inputs
 
 
 # The longest answers list the elements of a caption one by one.
@@ -106,7 +106,7 @@ class UnifiedRewardReward(Reward):
 
         return {
             "model": load(Qwen2_5_VLForConditionalGeneration, dtype=self.dtype),
-            "tokenizer": load(AutoTokenizer, padding_side="left"),
+            "tokenizer": load(AutoTokenizer),
             "pixels": load(Qwen2VLImageProcessorPil),
         }
 
@@ -138,14 +138,11 @@ class UnifiedRewardReward(Reward):
     def _generate(self, images: list[Image.Image], texts: list[str]) -> list[str]:
         model, tokenizer = self.models["model"], self.models["tokenizer"]
         pixels = self.models["pixels"](images, return_tensors="pt")
-        chats = image_chats(tokenizer, model.config, pixels, texts)
-        tokens = tokenizer(chats, padding=True, return_tensors="pt")
+        tokens = chat_inputs(tokenizer, model.config, pixels, texts, padding_side="left")
         length = tokens["input_ids"].shape[1]
-        is_image = tokens["input_ids"] == model.config.image_token_id
         answers = model.generate(
             **tokens.to(model.device),
             **pixels.to(model.device),
-            mm_token_type_ids=is_image.int(),  # without it, no positions in two dimensions
             do_sample=False,
             max_new_tokens=self.max_new_tokens,
         )

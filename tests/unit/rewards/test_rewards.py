@@ -69,6 +69,7 @@ class TestRegistry:
             "imagereward",
             "unifiedreward",
             "hpsv3",
+            "geneval2",
         ]
         factors = {}
         for name in REWARDS:

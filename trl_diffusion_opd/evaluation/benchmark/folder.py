@@ -63,9 +63,27 @@ class ResultsFolder:
         lines = self._lines(model, benchmark, reward)
         return {place: math.nan if row["score"] is None else row["score"] for place, row in lines.items()}
 
-    def add_scores(self, model: str, benchmark: str, reward: str, process: int, scores: Mapping[int, float]) -> None:
-        """Adds scores to the file of this process."""
-        lines = {place: {"score": score if math.isfinite(score) else None} for place, score in scores.items()}
+    def parts(self, model: str, benchmark: str, reward: str) -> dict[int, list[float]]:
+        """What scores were made of by position, as far as the reward tells."""
+        lines = self._lines(model, benchmark, reward)
+        return {place: row["parts"] for place, row in lines.items() if row.get("parts")}
+
+    def add_scores(
+        self,
+        model: str,
+        benchmark: str,
+        reward: str,
+        process: int,
+        scores: Mapping[int, float],
+        parts: Sequence[list[float] | None] = (),
+    ) -> None:
+        """Adds scores to the file of this process, with what each of them was made of if that is known."""
+        lines: dict[int, dict[str, Any]] = {
+            place: {"score": score if math.isfinite(score) else None} for place, score in scores.items()
+        }
+        if parts:
+            for line, own in zip(lines.values(), parts, strict=True):
+                line["parts"] = own
         self._add_lines(model, benchmark, reward, process, lines)
 
     def statistics(self, model: str, benchmark: str) -> dict[int, dict[str, float | None]]:

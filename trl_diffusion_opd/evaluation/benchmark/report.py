@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from ...rewards import REWARDS, reward_class
+from ...rewards.geneval2_rules import summarize as summarize_geneval2
 from ...rewards.geneval_rules import parse_metadata, summarize
 from ..statistics import STATISTICS
 from .average import average, paper_table
@@ -13,6 +14,10 @@ from .folder import ResultsFolder
 from .pages import gallery_page, summary_page
 from .suites import image_seed, positions
 from .tables import PAPER_COLUMNS, make_tables, markdown
+
+
+# The columns of every dataset of images.
+_COLUMNS = ("file_name", "model", "benchmark", "prompt", "seed", "guidance_scale")
 
 
 def write_report(folder: ResultsFolder) -> dict[str, Any]:
@@ -65,6 +70,10 @@ def _images(folder: ResultsFolder, settings: dict[str, Any], benchmark: str) -> 
         model: {reward: folder.scores(model, benchmark, reward) for reward in about["rewards"]}
         for model in settings["models"]
     }
+    parts = {
+        model: {reward: folder.parts(model, benchmark, reward) for reward in about["rewards"]}
+        for model in settings["models"]
+    }
     statistics = {model: folder.statistics(model, benchmark) for model in settings["models"]}
     rows = []
     for position in positions(len(prompts), about["num_images"]):
@@ -83,6 +92,8 @@ def _images(folder: ResultsFolder, settings: dict[str, Any], benchmark: str) -> 
                 "guidance_scale": settings["models"][model]["guidance_scale"],
                 "scores": {reward: None if math.isnan(value) else value for reward, value in found.items()},
                 "statistics": statistics[model].get(position, {}),
+                "parts": {reward: own[position] for reward, own in parts[model].items() if position in own},
+                "demands": {name: prompt.get(name) for name in ("skills", "atom_count")},
             }
             if tag := _tag(prompt, about):
                 row["tag"] = tag
@@ -131,6 +142,12 @@ def _results(settings: dict[str, Any], benchmark: str, images: list[dict[str, An
                     name: None if math.isnan(value) else value
                     for name, value in summarize([row["tag"] for row in scored], numbers).items()
                 }
+            if reward == "geneval2" and built_in:
+                result["geneval2"] = summarize_geneval2(
+                    (row["parts"][reward], row["demands"]["skills"], row["demands"]["atom_count"])
+                    for row in scored
+                    if row["scores"][reward] is not None
+                )
             results.append(result)
     return results
 
@@ -155,7 +172,7 @@ def _columns(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     tags = any("tag" in row for row in rows)
     return [
         {
-            **{name: value for name, value in row.items() if name not in ("scores", "statistics", "tag")},
+            **{name: row[name] for name in _COLUMNS},
             **({"tag": row.get("tag")} if tags else {}),
             **{reward: row["scores"].get(reward) for reward in rewards},
             **{f"image_{name}": row["statistics"].get(name) for name in statistics},

@@ -160,7 +160,9 @@ def score_images(
                     batch = TaskBatch(benchmark, own, [row["prompt"] for row in own], [], list(part))
                     images = folder.load_images(model, benchmark, part)
                     scores = reward_columns([scorer.func], images, batch)["reward"]
-                    folder.add_scores(model, benchmark, scorer.name, process, dict(zip(part, scores, strict=True)))
+                    found = dict(zip(part, scores, strict=True))
+                    made_of = scorer.func.parts if isinstance(scorer.func, Reward) else []
+                    folder.add_scores(model, benchmark, scorer.name, process, found, made_of)
                     progress.update(len(part))
     finally:
         if isinstance(scorer.func, Reward):
