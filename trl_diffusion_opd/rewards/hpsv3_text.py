@@ -6,7 +6,9 @@ as they are: from the authors' source, of which two texts are read and nothing i
 
 import ast
 import hashlib
+import os
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 from huggingface_hub import constants
@@ -50,7 +52,9 @@ def load_text(path: str | Path | None = None) -> str:
         return _read(kept.read_text(encoding="utf-8"), str(kept))
     source = _fetch()
     text = _read(source, ADDRESS)
-    write_text(kept, source)
+    # Several processes may do this at once. Without the cache, it is fetched again.
+    with suppress(OSError):
+        write_text(kept.with_name(f"{kept.name}.{os.getpid()}"), source).replace(kept)
     return text
 
 

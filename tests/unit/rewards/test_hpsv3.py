@@ -134,6 +134,11 @@ class TestText:
         assert load_text() == TEXT and cache.read_text() == SOURCE
         server.file.unlink()
         assert load_text() == TEXT and not (tmp_path / "ran").exists()
+        assert list(cache.parent.iterdir()) == [cache]
+
+    def test_a_cache_that_cannot_be_written_is_done_without(self, cache, server, tmp_path):
+        (tmp_path / "cache").write_text("no folder")
+        assert load_text() == TEXT
 
     def test_another_text_is_refused_and_not_kept(self, cache, server):
         server.file.write_text(SOURCE.replace("good", "bad"))
