@@ -35,8 +35,8 @@ def contrast(image: torch.Tensor) -> torch.Tensor:
 
 def saturation(image: torch.Tensor) -> torch.Tensor:
     """
-    The mean saturation of an image `[3, H, W]`, as HSV defines it: `(max - min) / max` of a pixel's channels, and 0 where
-    it is black. From 0 (gray) to 1 (no pixel has a part of gray).
+    The mean saturation of an image `[3, H, W]`, as HSV defines it: `(max - min) / max` of a pixel's channels, and 0
+    where it is black. From 0 (gray) to 1 (no pixel has a part of gray).
     """
     largest, smallest = image.double().amax(0), image.double().amin(0)
     return ((largest - smallest) / torch.where(largest > 0, largest, 1.0)).mean()
@@ -44,8 +44,9 @@ def saturation(image: torch.Tensor) -> torch.Tensor:
 
 def sharpness(image: torch.Tensor) -> torch.Tensor:
     """
-    The standard deviation of the Laplacian of the luma of an image `[3, H, W]`: a pixel's four neighbors minus four times
-    itself, where all of these are there. From 0 (plain, or an even gradient) to 4 (a checkerboard of black and white).
+    The standard deviation of the Laplacian of the luma of an image `[3, H, W]`: a pixel's four neighbors minus four
+    times itself, where all of these are there. From 0 (plain, or an even gradient) to 4 (a checkerboard of black and
+    white).
     Its square is the variance of the Laplacian, which is often used to find images that are out of focus.
     """
     values = luma(image)

@@ -23,8 +23,8 @@ METHODS = {"gm": geometric_mean, "am": arithmetic_mean}
 
 class GenEval2Reward(Reward):
     """
-    GenEval 2 (https://huggingface.co/papers/2512.16853), by Soft-TIFA: the mean over questions about the prompt's atoms of
-    the probability that the judge's answer begins with the right word.
+    GenEval 2 (https://huggingface.co/papers/2512.16853), by Soft-TIFA: the mean over questions about the prompt's atoms
+    of the probability that the judge's answer begins with the right word.
 
     The judge runs here, as in the published evaluation, or behind an OpenAI-compatible server that returns the
     probabilities of the 20 most probable tokens. An answer counts where it is a single token, which all are for Qwen's

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GenEval 2's rules (Soft-TIFA): what is asked about an image, which answers are right, and the means of their probabilities."""
+"""GenEval 2's rules (Soft-TIFA): the questions about an image, their right answers, and means of probabilities."""
 
 import json
 import math
@@ -101,8 +101,8 @@ def summarize(
         if names is not None:
             if len(names) != len(values) or not set(names) <= set(SKILLS):
                 raise ValueError(
-                    f"GenEval 2's `skills` must name one of {', '.join(SKILLS)} for each of {len(values)} questions, but "
-                    f"is {list(names)}."
+                    f"GenEval 2's `skills` must name one of {', '.join(SKILLS)} for each of {len(values)} questions, "
+                    f"but is {list(names)}."
                 )
             for name, value in zip(names, values, strict=True):
                 skills.setdefault(name, []).append(value)

@@ -117,8 +117,9 @@ class HPSv3Reward(Reward):
         vocabulary = len(weights.get("language_model.embed_tokens.weight", ()))
         if vocabulary != len(tokenizer):
             raise ValueError(
-                f"hpsv3: {file.name!r} has embeddings of {vocabulary} tokens, but the tokenizer of {self.base_name_or_path} "
-                f"with {REWARD_TOKEN!r} has {len(tokenizer)}. Pass the model that it was trained from as `base_name_or_path`."
+                f"hpsv3: {file.name!r} has embeddings of {vocabulary} tokens, but the tokenizer of "
+                f"{self.base_name_or_path} with {REWARD_TOKEN!r} has {len(tokenizer)}. Pass the model that it was trained "
+                "from as `base_name_or_path`."
             )
         config.text_config.vocab_size = vocabulary
         model = from_weights(Qwen2VLModel, config, weights, self.name, dtype=self.dtype)

@@ -33,8 +33,8 @@ def chat_inputs(
             `"left"` to go on with the chats, or `"right"`.
 
     Returns:
-        [`~transformers.BatchEncoding`]: `input_ids`, `attention_mask` and `mm_token_type_ids` `[B, L]`, without the last of
-        which the model gives no positions in two dimensions to the tokens of an image.
+        [`~transformers.BatchEncoding`]: `input_ids`, `attention_mask` and `mm_token_type_ids` `[B, L]`, without the last
+        of which the model gives no positions in two dimensions to the tokens of an image.
     """
     token = tokenizer.convert_ids_to_tokens(config.image_token_id)
     # One token for each square of patches that the model merges.

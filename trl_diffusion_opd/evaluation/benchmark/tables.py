@@ -72,8 +72,8 @@ class Table:
 def make_tables(summary: dict[str, Any]) -> list[Table]:
     """
     The tables of a `summary.json`: the paper's Table 1 as far as it was measured, GenEval by kind of prompt, what was
-    measured beside it, GenEval 2 by skill and by number of atoms, what the images look like, where there is an Average the paper's own rows, and what the models
-    are.
+    measured beside it, GenEval 2 by skill and by number of atoms, what the images look like, where there is an Average
+    the paper's own rows, and what the models are.
     """
     settings, results = summary["settings"], summary["results"]
     models = [
