@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rewards of images: the eight of the paper by name, and the class that your own can be built on."""
+"""Rewards of images by name: the eight of the paper and later ones, and the class that your own can be built on."""
 
 import importlib
 from typing import TYPE_CHECKING

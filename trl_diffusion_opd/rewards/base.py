@@ -51,6 +51,9 @@ class Reward:
             Columns of the dataset that `score` gets beside images and prompts.
         num_scored, num_failed (`int`):
             Images scored and images for which scoring failed, since it was built.
+        parts (`list`):
+            What the scores of the last call were made of, one entry per image and `None` where scoring failed, if
+            `score` adds it there; else empty.
     """
 
     name: str
@@ -78,6 +81,7 @@ class Reward:
             raise ValueError(f"`batch_size` must be at least 1, but is {batch_size}.")
         self.models: dict[str, Any] = {}
         self.num_scored = self.num_failed = 0
+        self.parts: list[Any] = []
         self._reasons: set[str] = set()
         self._lock = threading.RLock()
 
@@ -144,6 +148,7 @@ class Reward:
         with self._lock, torch.no_grad():
             self.load()
             scores = []
+            self.parts = []
             for start in range(0, len(prompts), self.batch_size):
                 part = slice(start, start + self.batch_size)
                 pixels = images[part].float()

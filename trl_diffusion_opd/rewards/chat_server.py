@@ -4,6 +4,7 @@
 import base64
 import io
 import json
+import math
 import os
 import time
 import urllib.error
@@ -17,6 +18,8 @@ from PIL import Image
 
 # Busy, or broken for the moment.
 RETRIED_STATUS = (408, 409, 425, 429, 500, 502, 503, 504)
+# The most that servers return.
+TOP_TOKENS = 20
 # The server will refuse every request.
 FATAL_STATUS = (301, 302, 303, 307, 308, 401, 403, 404, 405)
 FIRST_DELAY = 0.25
@@ -32,6 +35,13 @@ class ChatServerError(RuntimeError):
     def __init__(self, message: str, status: int | None = None):
         super().__init__(message)
         self.status = status
+
+
+def data_url(image: Image.Image) -> str:
+    """An image as servers take it: a PNG in an address."""
+    png = io.BytesIO()
+    image.save(png, format="PNG")
+    return f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -117,23 +127,48 @@ class ChatServer:
             `ChatError`: there is no answer to this request.
             `ChatServerError`: there will be none to any.
         """
-        png = io.BytesIO()
-        image.save(png, format="PNG")
-        url = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
-        content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]
-        answer = self._request(
-            "/chat/completions",
-            {
-                "model": self.model,
-                "messages": [{"role": "user", "content": content}],
-                "temperature": 0,
-                "max_tokens": max_tokens,
-            },
-        )
+        answer = self._chat(data_url(image), text, max_tokens=max_tokens)
         try:
             return str(answer["choices"][0]["message"]["content"])
         except (LookupError, TypeError) as error:
             raise ChatError("the server's answer holds no message") from error
+
+    def first_tokens(self, url: str, text: str) -> dict[str, float]:
+        """
+        The probabilities of the tokens that an answer to a text about an image may begin with, the 20 most probable ones.
+
+        Args:
+            url (`str`):
+                The image, from [`data_url`].
+            text (`str`):
+                The text.
+
+        Raises:
+            `ChatError`: there is no answer to this request.
+            `ChatServerError`: there will be none to any, such as where the server returns no probabilities.
+        """
+        answer = self._chat(url, text, max_tokens=1, logprobs=True, top_logprobs=TOP_TOKENS)
+        probabilities: dict[str, float] = {}
+        try:
+            choice = answer["choices"][0]
+            entries = [
+                (entry["token"], entry["logprob"]) for entry in choice["logprobs"]["content"][0]["top_logprobs"]
+            ]
+            for token, logarithm in entries:
+                probabilities[token] = probabilities.get(token, 0.0) + math.exp(logarithm)
+        except (LookupError, TypeError) as error:
+            raise ChatServerError(
+                f"The server at {self.base_url} returns no probabilities of tokens (`top_logprobs`). Use one that does, "
+                "such as vLLM."
+            ) from error
+        return probabilities
+
+    def _chat(self, url: str, text: str, **options: Any) -> Any:
+        content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]
+        messages = [{"role": "user", "content": content}]
+        return self._request(
+            "/chat/completions", {"model": self.model, "messages": messages, "temperature": 0, **options}
+        )
 
     def _request(self, path: str, body: dict[str, Any] | None = None) -> Any:
         headers = {"Content-Type": "application/json"}

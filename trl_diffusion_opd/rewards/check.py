@@ -6,8 +6,8 @@ import math
 import sys
 import urllib.request
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import astuple, dataclass
+from functools import cache, partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -16,46 +16,15 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from ..utils.markdown import table
+from .published import PUBLISHED, UNPUBLISHED, Published
 from .registry import REWARDS, load_reward, reward_class
 
 
 if TYPE_CHECKING:
     from .base import Reward
 
-# The four images of ImageReward's README, all for this prompt. Other projects publish their scores too.
-IMAGES = [f"https://raw.githubusercontent.com/THUDM/ImageReward/main/assets/images/{i}.webp" for i in range(1, 5)]
-PROMPT = "a painting of an ocean with clouds and birds, day time, low depth field effect"
-_DIFFSYNTH = "README of DiffSynth-Studio's QualityMetric, images of THUDM/ImageReward"
-
-
-@dataclass(frozen=True)
-class Published:
-    """
-    Scores that somebody published for [`IMAGES`], in the scale of our reward.
-
-    Args:
-        scores (`tuple[float, ...]`):
-            One per image.
-        tolerance (`float`):
-            Largest difference that passes.
-        source (`str`):
-            Who published them.
-    """
-
-    scores: tuple[float, ...]
-    tolerance: float
-    source: str
-
-
-# PickScore was published as a cosine, of which ours is 100 / 26 times. No ClipScore of ViT-L/14 was found.
-PUBLISHED = {
-    "pickscore": Published(
-        tuple(cosine * 100 / 26 for cosine in (0.20737, 0.20444, 0.20661, 0.19426)), 0.005, _DIFFSYNTH
-    ),
-    "hpsv2": Published((0.23211, 0.20234, 0.19783, 0.19230), 0.005, _DIFFSYNTH),
-    "aesthetic": Published((5.90086, 5.77657, 5.79986, 5.05205), 0.05, _DIFFSYNTH),
-    "imagereward": Published((0.58116, 0.27453, -1.41318, -2.02957), 0.02, "README of THUDM/ImageReward, its images"),
-}
+# What a line says where nobody published scores. It is no failure.
+NONE_PUBLISHED = "none published"
 # Two cats and two remote controls on a couch: the image that the cards of detectors of transformers use.
 CATS = "http://images.cocodataset.org/val2017/000000039769.jpg"
 
@@ -69,11 +38,13 @@ class Check:
         name (`str`):
             The reward.
         status (`str`):
-            `"ok"`, `"differs"`, or why there is no score.
+            `"ok"`, `"differs"`, [`NONE_PUBLISHED`], or why there is no score.
         score (`str`):
             What the reward gave.
         expected (`str`):
             What it should give.
+        difference (`str`):
+            How far these are from each other, and how far they may be.
         source (`str`):
             Where that is from.
     """
@@ -82,7 +53,13 @@ class Check:
     status: str
     score: str = ""
     expected: str = ""
+    difference: str = ""
     source: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing is wrong."""
+        return self.status in ("ok", NONE_PUBLISHED)
 
 
 def draw(text: str = "", background: str = "white", shape: str | None = None, color: str = "red") -> Image.Image:
@@ -122,6 +99,16 @@ def check_match(reward: "Reward") -> Check:
     return _check(reward, good, scores, "1st > 3rd, 2nd > 4th", "drawn shapes: right texts, then swapped")
 
 
+def check_atoms(reward: "Reward") -> Check:
+    """Questions about a drawn circle get the right answers, and questions about what is not there the wrong ones."""
+    images = as_images([draw(shape="circle", color="red")] * 2)
+    right = [["How many circles are in the image?", "one"], ["Is the circle red?", "Yes"]]
+    wrong = [["How many circles are in the image?", "four"], ["Is the circle blue?", "Yes"]]
+    scores = reward(images, ["a red circle", "four blue circles"], vqa_list=[right, wrong])
+    good = scores[0] > 0.5 > scores[1]
+    return _check(reward, good, scores, "above 0.5, below 0.5", "a drawn circle: right questions, then wrong ones")
+
+
 def check_range(reward: "Reward") -> Check:
     """A drawn image gets a score of the usual size."""
     scores = reward(as_images([draw(shape="circle")]), ["a red circle"])
@@ -130,8 +117,7 @@ def check_range(reward: "Reward") -> Check:
 
 def check_objects(reward: "Reward") -> Check:
     """Two cats and no dog are found in a photo of two cats, and colors are named."""
-    with urllib.request.urlopen(CATS, timeout=30) as response:
-        photo = as_images([Image.open(io.BytesIO(response.read()))])
+    photo = as_images([fetch_image(CATS)])
     demands = [
         {"tag": "two_object", "include": [{"class": "cat", "count": 2}, {"class": "tv remote", "count": 2}]},
         {"tag": "single_object", "include": [{"class": "dog", "count": 1}]},
@@ -155,24 +141,34 @@ RELATIONS: dict[str, Callable[["Reward"], Check]] = {
     "aesthetic": check_range,
     "imagereward": check_match,
     "unifiedreward": check_match,
+    "hpsv3": check_match,
+    "geneval2": check_atoms,
 }
 
 
-def check_published(reward: "Reward", published: Published, images: list[Image.Image]) -> Check:
-    """The published scores of the images, within the tolerance."""
-    scores = [reward(as_images([image]), [PROMPT])[0] for image in images]
-    good = all(abs(a - b) <= published.tolerance for a, b in zip(scores, published.scores, strict=True))
-    expected = f"{_rounded(published.scores)} +- {published.tolerance}"
-    return _check(reward, good, scores, expected, published.source)
+def check_published(reward: "Reward", published: Published) -> Check:
+    """The published scores of images, which are fetched, within the tolerance."""
+    try:
+        images = [fetch_image(address) for address in published.images]
+    except OSError as error:
+        return Check(reward.name, f"no images: {error}", source=published.source)
+    scores = [reward(as_images([image]), [published.prompt])[0] for image in images]
+    differences = [here - there for here, there in zip(scores, published.scores, strict=True)]
+    good = all(abs(difference) <= published.tolerance for difference in differences)
+    told = f"{', '.join(f'{difference:+.2g}' for difference in differences)} (allowed: {published.tolerance:g})"
+    return _check(reward, good, scores, _rounded(published.scores), published.source, told)
 
 
-def fetch_images() -> list[Image.Image]:
-    """Downloads [`IMAGES`]."""
-    images = []
-    for url in IMAGES:
-        with urllib.request.urlopen(url, timeout=30) as response:
-            images.append(Image.open(io.BytesIO(response.read())).convert("RGB"))
-    return images
+@cache
+def fetch_image(address: str) -> Image.Image:
+    """
+    Downloads an image, once for all rewards.
+
+    Raises:
+        `OSError`: it cannot be fetched, or is none.
+    """
+    with urllib.request.urlopen(address, timeout=30) as response:
+        return Image.open(io.BytesIO(response.read())).convert("RGB")
 
 
 def check_rewards(rewards: "Iterable[str | Reward]" = (), device: torch.device | str | None = None) -> list[Check]:
@@ -189,7 +185,6 @@ def check_rewards(rewards: "Iterable[str | Reward]" = (), device: torch.device |
         `list[Check]`: one or more lines per reward.
     """
     checks = []
-    images = []
     for reward in rewards or REWARDS:
         name = getattr(reward, "name", reward)
         try:
@@ -199,25 +194,22 @@ def check_rewards(rewards: "Iterable[str | Reward]" = (), device: torch.device |
             checks.append(Check(name, f"not loaded: {type(error).__name__}: {error}"))
             continue
         steps = [RELATIONS[name]] if name in RELATIONS else []
-        if name in PUBLISHED:
-            try:
-                images = images or fetch_images()
-                steps.append(partial(check_published, published=PUBLISHED[name], images=images))
-            except OSError as error:
-                checks.append(Check(name, f"no images: {error}", source=PUBLISHED[name].source))
+        steps += [partial(check_published, published=published) for published in PUBLISHED.get(name, ())]
         for step in steps:
             try:
                 checks.append(step(reward))
             except Exception as error:
                 checks.append(Check(name, f"failed: {type(error).__name__}: {error}"))
+        if name in UNPUBLISHED:
+            checks.append(Check(name, NONE_PUBLISHED, source=UNPUBLISHED[name]))
         reward.free()
     return checks
 
 
 def as_table(checks: list[Check]) -> str:
     """The checks as a Markdown table."""
-    rows = [[check.name, check.status, check.score, check.expected, check.source] for check in checks]
-    return table(["reward", "status", "score", "expected", "source"], rows)
+    rows = [list(astuple(check)) for check in checks]
+    return table(["reward", "status", "here", "expected", "difference", "source"], rows)
 
 
 def main(names: Iterable[str] = (), check: bool = False, device: str | None = None) -> None:
@@ -228,7 +220,7 @@ def main(names: Iterable[str] = (), check: bool = False, device: str | None = No
     if check:
         checks = check_rewards(names, device)
         sys.stdout.write(f"{as_table(checks)}\n")
-        if any(entry.status != "ok" for entry in checks):
+        if not all(entry.passed for entry in checks):
             raise SystemExit(1)
         return
     for name in names or REWARDS:
@@ -238,10 +230,12 @@ def main(names: Iterable[str] = (), check: bool = False, device: str | None = No
         sys.stdout.write(f"{name}: {line}{f' Not installed: {missing}.' if missing else ''}\n")
 
 
-def _check(reward: "Reward", good: bool, scores: Iterable[float], expected: str, source: str) -> Check:
+def _check(
+    reward: "Reward", good: bool, scores: Iterable[float], expected: str, source: str, difference: str = ""
+) -> Check:
     scores = list(scores)
     status = "failed: no score" if any(map(math.isnan, scores)) else "ok" if good else "differs"
-    return Check(reward.name, status, _rounded(scores), expected, source)
+    return Check(reward.name, status, _rounded(scores), expected, difference, source)
 
 
 def _rounded(scores: Iterable[float]) -> str:

@@ -82,15 +82,16 @@ def read_weights(path: Path) -> dict[str, Any]:
     return load_file(path)
 
 
-def from_weights(model_class: Any, config: Any, weights: dict[str, torch.Tensor], owner: str) -> Any:
+def from_weights(model_class: Any, config: Any, weights: dict[str, torch.Tensor], owner: str, **kwargs: Any) -> Any:
     """
-    Builds a transformers model from a config and weights, which must fit to the last tensor.
+    Builds a transformers model from a config and weights, which must fit to the last tensor; `kwargs` are passed on to
+    `from_pretrained`.
 
     Raises:
         `ValueError`: weights that are missing, left over or of another shape.
     """
     model, info = model_class.from_pretrained(
-        None, config=config, state_dict=weights, output_loading_info=True, ignore_mismatched_sizes=True
+        None, config=config, state_dict=weights, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
     )
     wrong = {what.replace("_keys", ""): sorted(map(str, names)) for what, names in info.items() if names}
     if wrong:

@@ -21,6 +21,8 @@ REWARDS = {
     "aesthetic": "aesthetic:AestheticReward",
     "imagereward": "imagereward:ImageRewardReward",
     "unifiedreward": "unifiedreward:UnifiedRewardReward",
+    "hpsv3": "hpsv3:HPSv3Reward",
+    "geneval2": "geneval2:GenEval2Reward",
 }
 
 

@@ -13,6 +13,7 @@ from .base import Reward
 from .chat_server import ChatError, ChatServer
 from .models import load_pretrained
 from .preprocessing import to_pil
+from .qwen_chats import chat_inputs
 
 
 # The longest answers list the elements of a caption one by one.
@@ -103,10 +104,9 @@ class UnifiedRewardReward(Reward):
         def load(part: Any, **options: Any) -> Any:
             return load_pretrained(part, self.model_name_or_path, self.name, **options)
 
-        # Not `AutoProcessor`, which cannot be built without torchvision.
         return {
             "model": load(Qwen2_5_VLForConditionalGeneration, dtype=self.dtype),
-            "tokenizer": load(AutoTokenizer, padding_side="left"),
+            "tokenizer": load(AutoTokenizer),
             "pixels": load(Qwen2VLImageProcessorPil),
         }
 
@@ -138,23 +138,11 @@ class UnifiedRewardReward(Reward):
     def _generate(self, images: list[Image.Image], texts: list[str]) -> list[str]:
         model, tokenizer = self.models["model"], self.models["tokenizer"]
         pixels = self.models["pixels"](images, return_tensors="pt")
-        token_id = model.config.image_token_id
-        token = tokenizer.convert_ids_to_tokens(token_id)
-        # One token for each square of patches that the model merges.
-        numbers = pixels["image_grid_thw"].prod(-1) // model.config.vision_config.spatial_merge_size**2
-        chats = []
-        for text, number in zip(texts, numbers.tolist(), strict=True):
-            content = [{"type": "image"}, {"type": "text", "text": text}]
-            chat = tokenizer.apply_chat_template(
-                [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-            )
-            chats.append(chat.replace(token, token * number, 1))
-        tokens = tokenizer(chats, padding=True, return_tensors="pt")
+        tokens = chat_inputs(tokenizer, model.config, pixels, texts, padding_side="left")
         length = tokens["input_ids"].shape[1]
         answers = model.generate(
             **tokens.to(model.device),
             **pixels.to(model.device),
-            mm_token_type_ids=(tokens["input_ids"] == token_id).int(),  # without it, no positions in two dimensions
             do_sample=False,
             max_new_tokens=self.max_new_tokens,
         )

@@ -68,6 +68,8 @@ class TestRegistry:
             "aesthetic",
             "imagereward",
             "unifiedreward",
+            "hpsv3",
+            "geneval2",
         ]
         factors = {}
         for name in REWARDS:

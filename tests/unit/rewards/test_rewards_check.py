@@ -3,6 +3,9 @@
 
 import argparse
 import json
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from PIL import Image
@@ -12,7 +15,8 @@ from tests.support.tiny_clip import save_clip
 from trl_diffusion_opd.cli.commands import COMMANDS
 from trl_diffusion_opd.rewards import REWARDS, check
 from trl_diffusion_opd.rewards.base import Reward
-from trl_diffusion_opd.rewards.check import Published, as_table, check_rewards, draw, main
+from trl_diffusion_opd.rewards.check import as_table, check_rewards, draw, main
+from trl_diffusion_opd.rewards.published import Published
 
 
 class Judge(Reward):
@@ -35,48 +39,113 @@ class Broken(Judge):
 
 
 @pytest.fixture
-def pictures(monkeypatch, tmp_path):
-    """Two images instead of the published ones, by the same way."""
-    for i in range(2):
-        draw(shape="square", background="green").resize((20, 30)).save(tmp_path / f"{i}.webp")
-    monkeypatch.setattr(check, "IMAGES", [(tmp_path / f"{i}.webp").as_uri() for i in range(2)])
-    published = {"pickscore": Published((0.2, 0.201), 0.005, "here"), "hpsv2": Published((0.3, 0.2), 0.01, "there")}
-    monkeypatch.setattr(check, "PUBLISHED", published)
+def server(tmp_path):
+    """A server with two images; `asked` are the paths that it was asked for."""
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            asked.append(self.path)
+
+    asked: list[str] = []
+    for number in (1, 2):
+        draw(shape="square", background="green").resize((20, 30)).save(tmp_path / f"{number}.webp")
+    (tmp_path / "no.webp").write_text("<html>")
+    handler = partial(Handler, directory=tmp_path)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    server.address, server.asked = f"http://127.0.0.1:{server.server_port}", asked
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def publish(monkeypatch, server):
+    """Says what was published, of images of the server; all by the way of those that were."""
+
+    def set_published(**scores: tuple[tuple[float, ...], float]) -> None:
+        images = (f"{server.address}/1.webp", f"{server.address}/2.webp")
+        published = {
+            name: (Published(images, "a square", values, tolerance, f"https://example.com/{name}"),)
+            for name, (values, tolerance) in scores.items()
+        }
+        monkeypatch.setattr(check, "PUBLISHED", published)
+
+    return set_published
 
 
 class TestChecks:
-    def test_relations_and_published_scores(self, pictures):
+    def test_relations_and_published_scores(self, publish, server):
+        publish(pickscore=((0.2, 0.201), 0.005), hpsv2=((0.3, 0.2), 0.01))
         lines = check_rewards([Judge("pickscore"), Judge("hpsv2", right=False), Judge("clipscore")])
-        assert [(line.name, line.status) for line in lines] == [
-            ("pickscore", "ok"),
-            ("pickscore", "ok"),
-            ("hpsv2", "differs"),
-            ("hpsv2", "differs"),
-            ("clipscore", "ok"),
+        assert [(line.name, line.status, line.passed) for line in lines] == [
+            ("pickscore", "ok", True),
+            ("pickscore", "ok", True),
+            ("hpsv2", "differs", False),
+            ("hpsv2", "differs", False),
+            ("clipscore", "ok", True),
+            ("clipscore", "none published", True),
         ]
-        assert lines[1].score == "0.2, 0.2" and lines[1].expected == "0.2, 0.201 +- 0.005"
-        assert lines[1].source == "here"
-        assert lines[2].score == "0.2, 0.2, 0.3, 0.3"
+        # A green square is no circle: 0.2, and 0.3 of the judge who takes one for the other.
+        assert (lines[1].score, lines[1].expected) == ("0.2, 0.2", "0.2, 0.201")
+        assert (
+            lines[1].difference == "+0, -0.001 (allowed: 0.005)" and lines[1].source == "https://example.com/pickscore"
+        )
+        assert lines[2].score == "0.2, 0.2, 0.3, 0.3" and lines[2].difference == ""
+        assert (lines[3].score, lines[3].difference) == ("0.3, 0.3", "+0, +0.1 (allowed: 0.01)")
+        assert lines[5].source == "the scores that were found are of another CLIP, ViT-H/14"
+        assert server.asked == ["/1.webp", "/2.webp"], "each image is fetched once"
 
-    def test_what_fails_is_told_and_the_rest_goes_on(self, monkeypatch, tmp_path):
-        monkeypatch.setattr(check, "IMAGES", [(tmp_path / "missing.webp").as_uri()])
+    def test_the_edge_of_the_tolerance(self, publish):
+        publish(pickscore=((0.25, 0.2), 0.05))
+        assert check_rewards([Judge("pickscore")])[1].status == "ok"
+        publish(pickscore=((0.2501, 0.2), 0.05))
+        assert check_rewards([Judge("pickscore")])[1].status == "differs"
+
+    def test_several_publications_and_a_score_that_fails(self, publish, monkeypatch, server):
+        publish(aesthetic=((0.2, 0.2), 0.1))
+        twice = check.PUBLISHED["aesthetic"] * 2
+        monkeypatch.setattr(check, "PUBLISHED", {"aesthetic": twice})
+        lines = check_rewards([Judge("aesthetic")])
+        assert [line.status for line in lines] == ["differs", "ok", "ok"]
+        judge = Judge("aesthetic")
+        judge.score = lambda images, prompts: [judge.failed("tired") for _ in prompts]
+        assert [line.status for line in check_rewards([judge])] == ["failed: no score"] * 3
+
+    def test_what_fails_is_told_and_the_rest_goes_on(self, publish, server, monkeypatch):
+        publish(pickscore=((0.2, 0.2), 0.1), aesthetic=((0.2, 0.2), 0.1))
+        broken = Published((f"{server.address}/no.webp",), "a square", (0.2,), 0.1, "there")
+        missing = Published((f"{server.address}/3.webp",), "a square", (0.2,), 0.1, "nowhere")
+        published = {**check.PUBLISHED, "pickscore": (broken,), "aesthetic": (missing,)}
+        monkeypatch.setattr(check, "PUBLISHED", published)
         lines = check_rewards([Broken("pickscore"), "no_reward", Judge("aesthetic"), Judge("clipscore")])
-        assert [line.name for line in lines] == ["pickscore"] * 2 + ["no_reward"] + ["aesthetic"] * 2 + ["clipscore"]
-        assert lines[0].status.startswith("no images: ") and lines[3].status.startswith("no images: ")
-        assert lines[1].status == "failed: RuntimeError: out of | memory"
+        names = ["pickscore"] * 2 + ["no_reward"] + ["aesthetic"] * 2 + ["clipscore"] * 2
+        assert [line.name for line in lines] == names
+        assert lines[0].status == "failed: RuntimeError: out of | memory"
+        assert lines[1].status.startswith("no images: cannot identify image") and lines[1].source == "there"
         assert lines[2].status.startswith("not loaded: ValueError: There is no reward 'no_reward'")
-        assert [line.status for line in lines[4:]] == ["differs", "ok"]
+        assert lines[4].status.startswith("no images: HTTP Error 404")
+        assert [line.status for line in (lines[3], *lines[5:])] == ["differs", "ok", "none published"]
         table = as_table(lines).splitlines()
-        assert table[0] == "| reward | status | score | expected | source |" and len(table) == 2 + len(lines)
-        assert table[3] == "| pickscore | failed: RuntimeError: out of &#124; memory |  |  |  |"
+        assert table[0] == "| reward | status | here | expected | difference | source |"
+        assert len(table) == 2 + len(lines)
+        assert table[2] == "| pickscore | failed: RuntimeError: out of &#124; memory |  |  |  |  |"
 
-    def test_published_scores_are_in_our_scale(self):
+    def test_published_scores_are_in_our_scale_and_have_sources(self):
         ranges = {"pickscore": (0.7, 0.9), "hpsv2": (0.15, 0.4), "aesthetic": (4, 7), "imagereward": (-2.5, 2)}
+        ranges["hpsv3"] = (5, 15)
         assert ranges.keys() == check.PUBLISHED.keys() and check.RELATIONS.keys() == REWARDS.keys()
+        assert check.PUBLISHED.keys() | check.UNPUBLISHED.keys() == REWARDS.keys()
+        assert not check.PUBLISHED.keys() & check.UNPUBLISHED.keys()
         for name, (low, high) in ranges.items():
-            published = check.PUBLISHED[name]
-            assert len(published.scores) == 4 == len(check.IMAGES)
-            assert all(low < score < high for score in published.scores)
+            for published in check.PUBLISHED[name]:
+                assert len(published.scores) == len(published.images) > 0 and published.prompt
+                assert all(low < score < high for score in published.scores)
+                # It would tell these images apart.
+                assert (
+                    published.tolerance < max(published.scores) - min(published.scores) or len(published.scores) == 1
+                )
+                assert all(address.startswith("https://") for address in (*published.images, published.source))
 
     def test_drawn_images(self):
         circle = draw(shape="circle", color="red")
@@ -95,7 +164,8 @@ class TestCommand:
 
     def test_checks_ocr_for_real(self, capsys):
         main(**self.parse("ocr", "--check", "--device", "cpu"))
-        assert "| ocr | ok | 1, 0" in capsys.readouterr().out
+        table = capsys.readouterr().out
+        assert "| ocr | ok | 1, 0" in table and "| ocr | none published |  |  |  | its published means are of" in table
 
     def test_exit_code(self, capsys):
         with pytest.raises(SystemExit) as error:

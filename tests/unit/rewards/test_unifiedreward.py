@@ -3,11 +3,9 @@
 
 import base64
 import io
-import json
 import math
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -17,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from tests.support.chat_server import LoopbackChat as Server
 from trl_diffusion_opd.rewards import load_reward
 from trl_diffusion_opd.rewards.chat_server import ChatServer, ChatServerError
 from trl_diffusion_opd.rewards.unifiedreward import INSTRUCTION, parse_score
@@ -43,57 +42,6 @@ from trl_diffusion_opd.rewards.unifiedreward import INSTRUCTION, parse_score
 )
 def test_score_in_an_answer(answer, score):
     assert parse_score(answer) == score
-
-
-class Server:
-    """A loopback server. `answer(number, body)` gives the text of an answer, an HTTP status, or bytes to send as is."""
-
-    def __init__(self, answer, served=("judge",)):
-        self.requests, self.headers, lock = [], [], threading.Lock()
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def log_message(self, *args):
-                pass
-
-            def reply(self, status, data):
-                self.send_response(status)
-                if 300 < status < 400:
-                    self.send_header("Location", outer.url + "/elsewhere")
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def do_GET(self):
-                outer.headers.append(dict(self.headers))
-                if served is None:
-                    return self.reply(404, b"")
-                self.reply(200, json.dumps({"data": [{"id": name} for name in served]}).encode())
-
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with lock:
-                    number = len(outer.requests)
-                    outer.requests.append((self.path, body))
-                    outer.headers.append(dict(self.headers))
-                result = answer(number, body)
-                if isinstance(result, str):
-                    result = json.dumps({"choices": [{"message": {"content": result}}]}).encode()
-                try:
-                    self.reply(*((result, b"no reason") if isinstance(result, int) else (200, result)))
-                except OSError:  # the client did not wait
-                    pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *args):
-        self._server.shutdown()
-        self._server.server_close()
 
 
 def reward_of(server, **options):

@@ -15,6 +15,8 @@ from ...utils.figures import to_pil
 from ...utils.serialization import write_json, write_text
 
 
+# Beside the files of the scores, which are called by the rewards.
+STATISTICS_FILE = "statistics"
 # Where something came from is not what it is: a folder may be moved.
 _NOT_COMPARED = ("origin", "origins", "title")
 
@@ -54,32 +56,64 @@ class ResultsFolder:
                 images.append(pixels.view(image.height, image.width, 3).permute(2, 0, 1))
         return torch.stack(images).float() / 255
 
-    # Scores
+    # Scores and statistics: lines of files, one file for each process
 
     def scores(self, model: str, benchmark: str, reward: str) -> dict[int, float]:
         """Scores by position; NaN where scoring failed."""
-        scores = {}
-        for file in sorted((self.path / model / benchmark).glob(f"{reward}.*.jsonl")):
+        lines = self._lines(model, benchmark, reward)
+        return {place: math.nan if row["score"] is None else row["score"] for place, row in lines.items()}
+
+    def parts(self, model: str, benchmark: str, reward: str) -> dict[int, list[float]]:
+        """What scores were made of by position, as far as the reward tells."""
+        lines = self._lines(model, benchmark, reward)
+        return {place: row["parts"] for place, row in lines.items() if row.get("parts")}
+
+    def add_scores(
+        self,
+        model: str,
+        benchmark: str,
+        reward: str,
+        process: int,
+        scores: Mapping[int, float],
+        parts: Sequence[list[float] | None] = (),
+    ) -> None:
+        """Adds scores to the file of this process, with what each of them was made of if that is known."""
+        lines: dict[int, dict[str, Any]] = {
+            place: {"score": score if math.isfinite(score) else None} for place, score in scores.items()
+        }
+        if parts:
+            for line, own in zip(lines.values(), parts, strict=True):
+                line["parts"] = own
+        self._add_lines(model, benchmark, reward, process, lines)
+
+    def statistics(self, model: str, benchmark: str) -> dict[int, dict[str, float | None]]:
+        """Statistics of images by position; `diversity` is `None` where no other image has the same prompt."""
+        return self._lines(model, benchmark, STATISTICS_FILE)
+
+    def add_statistics(
+        self, model: str, benchmark: str, process: int, statistics: Mapping[int, Mapping[str, float | None]]
+    ) -> None:
+        """Adds statistics to the file of this process."""
+        self._add_lines(model, benchmark, STATISTICS_FILE, process, statistics)
+
+    def _lines(self, model: str, benchmark: str, name: str) -> dict[int, dict[str, Any]]:
+        lines = {}
+        for file in sorted((self.path / model / benchmark).glob(f"{name}.*.jsonl")):
             for line in file.read_text(encoding="utf-8").split("\n"):
                 try:
                     row = json.loads(line)
                 except json.JSONDecodeError:  # empty, or cut off where a process was killed
                     continue
-                scores[int(row["image"].partition(".")[0]) - 1] = math.nan if row["score"] is None else row["score"]
-        return scores
+                lines[int(row.pop("image").partition(".")[0]) - 1] = row
+        return lines
 
-    def add_scores(self, model: str, benchmark: str, reward: str, process: int, scores: Mapping[int, float]) -> None:
-        """Adds scores to the file of this process."""
-        lines = [
-            {
-                "image": self.image_file(model, benchmark, position).name,
-                "score": score if math.isfinite(score) else None,
-            }
-            for position, score in scores.items()
-        ]
-        with open(self.path / model / benchmark / f"{reward}.{process}.jsonl", "a", encoding="utf-8") as file:
+    def _add_lines(
+        self, model: str, benchmark: str, name: str, process: int, lines: Mapping[int, Mapping[str, Any]]
+    ) -> None:
+        rows = [{"image": self.image_file(model, benchmark, place).name, **row} for place, row in lines.items()]
+        with open(self.path / model / benchmark / f"{name}.{process}.jsonl", "a", encoding="utf-8") as file:
             # In front of each line, so that it does not go on where a killed process stopped.
-            file.write("".join(f"\n{json.dumps(line)}" for line in lines))
+            file.write("".join(f"\n{json.dumps(row)}" for row in rows))
 
     # Prompts
 

@@ -6,12 +6,18 @@ import math
 from typing import Any
 
 from ...rewards import REWARDS, reward_class
+from ...rewards.geneval2_rules import summarize as summarize_geneval2
 from ...rewards.geneval_rules import parse_metadata, summarize
+from ..statistics import STATISTICS
 from .average import average, paper_table
 from .folder import ResultsFolder
 from .pages import gallery_page, summary_page
 from .suites import image_seed, positions
 from .tables import PAPER_COLUMNS, make_tables, markdown
+
+
+# The columns of every dataset of images.
+_COLUMNS = ("file_name", "model", "benchmark", "prompt", "seed", "guidance_scale")
 
 
 def write_report(folder: ResultsFolder) -> dict[str, Any]:
@@ -23,8 +29,8 @@ def write_report(folder: ResultsFolder) -> dict[str, Any]:
             All that it holds is reported, whichever run it is of.
 
     Returns:
-        `dict`: what `summary.json` holds: `settings`, `results` (a row per model, benchmark and reward), `table` (the
-        columns of the paper's Table 1 by model, in its scale) and `average`.
+        `dict`: what `summary.json` holds: `settings`, `results` (a row per model, benchmark and reward), `statistics` (a
+        row per model and benchmark), `table` (the columns of the paper's Table 1 by model, in its scale) and `average`.
     """
     settings = folder.load_settings()
     images = {name: _images(folder, settings, name) for name in settings["benchmarks"]}
@@ -37,6 +43,7 @@ def write_report(folder: ResultsFolder) -> dict[str, Any]:
     summary = {
         "settings": settings,
         "results": results,
+        "statistics": [row for name, own in images.items() for row in _statistics(settings, name, own)],
         "table": table,
         "average": {name: average(scores) for name, scores in table.items()},
         "reference": {
@@ -63,6 +70,11 @@ def _images(folder: ResultsFolder, settings: dict[str, Any], benchmark: str) -> 
         model: {reward: folder.scores(model, benchmark, reward) for reward in about["rewards"]}
         for model in settings["models"]
     }
+    parts = {
+        model: {reward: folder.parts(model, benchmark, reward) for reward in about["rewards"]}
+        for model in settings["models"]
+    }
+    statistics = {model: folder.statistics(model, benchmark) for model in settings["models"]}
     rows = []
     for position in positions(len(prompts), about["num_images"]):
         prompt = prompts[position % len(prompts)]
@@ -79,6 +91,9 @@ def _images(folder: ResultsFolder, settings: dict[str, Any], benchmark: str) -> 
                 "seed": image_seed(settings["seed"], benchmark, position),
                 "guidance_scale": settings["models"][model]["guidance_scale"],
                 "scores": {reward: None if math.isnan(value) else value for reward, value in found.items()},
+                "statistics": statistics[model].get(position, {}),
+                "parts": {reward: own[position] for reward, own in parts[model].items() if position in own},
+                "demands": {name: prompt.get(name) for name in ("skills", "atom_count")},
             }
             if tag := _tag(prompt, about):
                 row["tag"] = tag
@@ -127,19 +142,40 @@ def _results(settings: dict[str, Any], benchmark: str, images: list[dict[str, An
                     name: None if math.isnan(value) else value
                     for name, value in summarize([row["tag"] for row in scored], numbers).items()
                 }
+            if reward == "geneval2" and built_in:
+                result["geneval2"] = summarize_geneval2(
+                    (row["parts"][reward], row["demands"]["skills"], row["demands"]["atom_count"])
+                    for row in scored
+                    if row["scores"][reward] is not None
+                )
             results.append(result)
     return results
 
 
+def _statistics(settings: dict[str, Any], benchmark: str, images: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The mean statistics of each model's images of a benchmark."""
+    found = []
+    for model in settings["models"]:
+        own = [row["statistics"] for row in images if row["model"] == model and row["statistics"]]
+        if own:
+            pairs = [row["diversity"] for row in own if row["diversity"] is not None]
+            means = {name: _mean([row[name] for row in own]) for name in STATISTICS} | {"diversity": _mean(pairs)}
+            counts = {"num_images": len(own), "num_repeated": len(pairs)}
+            found.append({"model": model, "benchmark": benchmark, **means, **counts})
+    return found
+
+
 def _columns(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of a dataset: a column per reward, the same in all rows."""
+    """The rows of a dataset: a column per reward and statistic, the same in all rows."""
     rewards = list(dict.fromkeys(reward for row in rows for reward in row["scores"]))
+    statistics = list(dict.fromkeys(name for row in rows for name in row["statistics"]))
     tags = any("tag" in row for row in rows)
     return [
         {
-            **{name: value for name, value in row.items() if name not in ("scores", "tag")},
+            **{name: row[name] for name in _COLUMNS},
             **({"tag": row.get("tag")} if tags else {}),
             **{reward: row["scores"].get(reward) for reward in rewards},
+            **{f"image_{name}": row["statistics"].get(name) for name in statistics},
         }
         for row in rows
     ]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An evaluation from start to end: checks, images, scores, report. What is on disk already is not made again."""
+"""An evaluation from start to end: checks, images, statistics, scores, report. What is on disk already is not made again."""
 
 import gc
 import logging
@@ -22,6 +22,7 @@ from .arguments import EvaluationArguments
 from .drawing import EntrySampler, ImageSpec, draw_images
 from .entries import Entry, Lora, check_merges, choose_entries, load_loras
 from .folder import ResultsFolder
+from .measuring import measure_images, unmeasured
 from .report import write_report
 from .scoring import Scorer, check_scorers, make_scorers, score_images
 from .settings import base_identity, benchmark_settings, entry_settings
@@ -59,6 +60,7 @@ def evaluate(arguments: EvaluationArguments) -> dict[str, Any]:
     use_all_cores(accelerator.device)
     plan = _prepare(arguments, accelerator)
     _draw(plan, accelerator)
+    _measure(plan, accelerator)
     problems = _score(plan, accelerator)
     summary = _report(plan, accelerator)
     if problems:
@@ -182,6 +184,15 @@ def _draw(plan: _Plan, accelerator: Accelerator) -> None:
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()
     accelerator.wait_for_everyone()
+
+
+def _measure(plan: _Plan, accelerator: Accelerator) -> None:
+    """Measures the images that are not measured, read from disk: nothing is decoded again."""
+    groups = unmeasured(plan.folder, [row.name for row in plan.entries], plan.rows, plan.places)
+    accelerator.wait_for_everyone()
+    process, show_progress = accelerator.process_index, accelerator.is_main_process
+    own = groups[process :: accelerator.num_processes]
+    measure_images(plan.folder, own, process=process, show_progress=show_progress)
 
 
 def _score(plan: _Plan, accelerator: Accelerator) -> list[str]:

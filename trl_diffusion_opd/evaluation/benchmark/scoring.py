@@ -16,7 +16,7 @@ from ...rewards import load_reward
 from ...rewards.base import Reward
 from ...rewards.functions import check_columns, reward_columns, reward_name
 from ...rewards.lookup import find_reward
-from .folder import ResultsFolder
+from .folder import STATISTICS_FILE, ResultsFolder
 from .suites import Benchmark
 
 
@@ -83,6 +83,10 @@ def make_scorers(
         own = [scorer.name for scorer in scorers if benchmark.name in scorer.benchmarks]
         if len(set(own)) < len(own):
             raise ValueError(f"Two rewards of {benchmark.name!r} have the same name: {', '.join(benchmark.rewards)}.")
+        if STATISTICS_FILE in own:
+            raise ValueError(
+                f"A reward cannot be called {STATISTICS_FILE!r}, as the files of the image statistics are. Rename it."
+            )
     return scorers
 
 
@@ -156,7 +160,9 @@ def score_images(
                     batch = TaskBatch(benchmark, own, [row["prompt"] for row in own], [], list(part))
                     images = folder.load_images(model, benchmark, part)
                     scores = reward_columns([scorer.func], images, batch)["reward"]
-                    folder.add_scores(model, benchmark, scorer.name, process, dict(zip(part, scores, strict=True)))
+                    found = dict(zip(part, scores, strict=True))
+                    made_of = scorer.func.parts if isinstance(scorer.func, Reward) else []
+                    folder.add_scores(model, benchmark, scorer.name, process, found, made_of)
                     progress.update(len(part))
     finally:
         if isinstance(scorer.func, Reward):

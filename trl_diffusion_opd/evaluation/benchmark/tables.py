@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...rewards.geneval2_rules import SKILLS
 from ...rewards.geneval_rules import TAGS
 from ...utils.markdown import table as markdown_table
+from ..statistics import STATISTICS
 from .average import average, paper_table
 
 
@@ -21,8 +23,26 @@ PAPER_COLUMNS = {
     ("drawbench", "imagereward"): "ImageReward",
     ("drawbench", "unifiedreward"): "UnifiedReward",
 }
-REWARD_TITLES = {reward: title for (_, reward), title in PAPER_COLUMNS.items()}
+REWARD_TITLES = {reward: title for (_, reward), title in PAPER_COLUMNS.items()} | {
+    "hpsv3": "HPSv3",
+    "geneval2": "GenEval 2",
+}
 NOTHING = "–"
+STATISTICS_NOTES = [
+    "They judge nothing; the base's are what to compare with. A score that rises while brightness, contrast, saturation "
+    "or sharpness moves away from the base's may pay for that look and not for better images, and one that rises while "
+    "diversity falls may pay for drawing the same image again.",
+    "Brightness: mean luma, 0 to 1. Contrast: its standard deviation, 0 to 0.5. Saturation: that of HSV, 0 to 1. "
+    "Sharpness: standard deviation of the Laplacian of the luma, 0 to 4.",
+]
+DIVERSITY_NOTE = (
+    "Diversity: mean distance between images of one prompt that were drawn from different noise, 0 to 1: the root mean "
+    "square of their difference at 32 x 32 pixels."
+)
+GENEVAL2_NOTE = (
+    "GM: mean over the images of the geometric mean of the probabilities of their right answers, about whole prompts. AM: "
+    "of the arithmetic mean, about atoms. Skills: mean over all answers. Published scores are 100 times these."
+)
 UNIFIED_REWARD_NOTE = (
     "UnifiedReward: its model is told what to look at in this package's own words, and is not the paper's. Its scores "
     "compare with each other, not with published ones."
@@ -52,7 +72,8 @@ class Table:
 def make_tables(summary: dict[str, Any]) -> list[Table]:
     """
     The tables of a `summary.json`: the paper's Table 1 as far as it was measured, GenEval by kind of prompt, what was
-    measured beside it, where there is an Average the paper's own rows, and what the models are.
+    measured beside it, GenEval 2 by skill and by number of atoms, what the images look like, where there is an Average
+    the paper's own rows, and what the models are.
     """
     settings, results = summary["settings"], summary["results"]
     models = [
@@ -67,6 +88,8 @@ def make_tables(summary: dict[str, Any]) -> list[Table]:
             others.setdefault(title, []).append(row)
     for title, rows in others.items():
         tables.append(_scores_table(title, settings, models, rows))
+    tables += _geneval2_tables(models, results)
+    tables.append(_statistics_table(settings, summary["statistics"]))
     if any(value is not None for value in summary["average"].values()):
         tables.append(_reference_table())
     tables.append(_models_table(settings))
@@ -107,6 +130,24 @@ def _geneval_table(models: list[str], results: list[dict[str, Any]]) -> Table | 
     )
 
 
+def _geneval2_tables(models: list[str], results: list[dict[str, Any]]) -> list[Table]:
+    found = {row["model"]: row["geneval2"] for row in results if "geneval2" in row and row["benchmark"] == "geneval2"}
+    found = {model: found[model] for model in models if found.get(model, {}).get("gm") is not None}
+    if not found:
+        return []
+    skills = [skill for skill in SKILLS if any(skill in means["skills"] for means in found.values())]
+    atoms = sorted({int(count) for means in found.values() for count in means["atoms"]})
+    by_skill = [
+        [model, _number(means["gm"]), _number(means["am"]), *(_number(means["skills"].get(skill)) for skill in skills)]
+        for model, means in found.items()
+    ]
+    tables = [Table("GenEval 2, by skill", ["model", "GM", "AM", *skills], by_skill, [GENEVAL2_NOTE])]
+    if atoms:
+        rows = [[model, *(_number(means["atoms"].get(str(n))) for n in atoms)] for model, means in found.items()]
+        tables.append(Table("GenEval 2, GM by atoms of the prompt", ["model", *map(str, atoms)], rows))
+    return tables
+
+
 def _scores_table(title: str, settings: dict[str, Any], models: list[str], results: list[dict[str, Any]]) -> Table:
     columns = list(dict.fromkeys((row["benchmark"], row["reward"]) for row in results))
     rewards = [reward for _, reward in columns]
@@ -127,6 +168,20 @@ def _parts(settings: dict[str, Any], benchmark: str) -> tuple[str, str]:
     """The table that a benchmark is in, and what it is called there: its title before and after the comma."""
     title, _, own = settings["benchmarks"][benchmark]["title"].partition(",")
     return title, own.strip() or benchmark
+
+
+def _statistics_table(settings: dict[str, Any], statistics: list[dict[str, Any]]) -> Table | None:
+    if not statistics:
+        return None
+    several = len({row["benchmark"] for row in statistics}) > 1
+    repeated = any(row["diversity"] is not None for row in statistics)
+    columns = [*STATISTICS, *(["diversity"] if repeated else [])]
+    rows = []
+    for row in statistics:
+        names = [row["model"], *([settings["benchmarks"][row["benchmark"]]["title"]] if several else [])]
+        rows.append([*names, *(_number(row[name]) for name in columns)])
+    header = ["model", *(["benchmark"] if several else []), *columns]
+    return Table("Image statistics", header, rows, [*STATISTICS_NOTES, *([DIVERSITY_NOTE] if repeated else [])])
 
 
 def _reference_table() -> Table:

@@ -53,8 +53,8 @@ def test_one_of_a_file_and_others(file):
 
 
 def test_those_of_the_package_and_of_the_example():
-    assert list(BENCHMARKS) == ["geneval", "ocr", "drawbench", "pickapic"]
-    assert [each.title for each in BENCHMARKS.values()] == ["GenEval", "OCR", "DrawBench", "Pick-a-Pic"]
+    assert list(BENCHMARKS) == ["geneval", "geneval2", "ocr", "drawbench", "pickapic"]
+    assert [each.title for each in BENCHMARKS.values()] == ["GenEval", "GenEval 2", "OCR", "DrawBench", "Pick-a-Pic"]
     assert BENCHMARKS["pickapic"].rewards == BENCHMARKS["drawbench"].rewards
     assert all(each.source.startswith("https://raw.githubusercontent.com/") for each in BENCHMARKS.values())
     shapes = read_benchmarks(SHAPES / "benchmarks.yaml")

@@ -73,7 +73,10 @@ def test_an_option_that_comes_twice_is_one_longer_option(world):
     ("words", "message"),
     [
         ("", "the following arguments are required: --model. See `trl-diffusion-opd eval --help`"),
-        ("--model {base} --benchmarks words", "There is no benchmark 'words'. The benchmarks are geneval, ocr, drawb"),
+        (
+            "--model {base} --benchmarks words",
+            "There is no benchmark 'words'. The benchmarks are geneval, geneval2, ocr, drawb",
+        ),
         ("--model {base} --benchmarks ocr --prompts drawbench=x", "`--prompts` names 'drawbench', which is not among"),
         ("--model {base} --benchmarks ocr --prompts x.txt", "`--prompts x.txt` does not say of what"),
         ("--model {base} --prompts ocr=a ocr=b", "`--prompts` has two sources for 'ocr'. Keep one of them."),

@@ -46,13 +46,17 @@ def test_benchmarks_share_a_table_by_what_is_before_the_comma_of_their_titles():
         "base": {"origin": {"name": "them/base"}},
         **{"num_inference_steps": 4, "resolution": 8, "dtype": "float32", "seed": 0},
     }
-    summary = {"settings": settings, "results": results, "table": {"base": {}}, "average": {"base": None}}
+    summary = {"settings": settings, "results": results, "statistics": []}
+    summary |= {"table": {"base": {}}, "average": {"base": None}}
     mine, other, _ = make_tables(summary)
     assert (mine.title, mine.header) == (
         "Mine",
         ["model", "first: sharpness", "second: sharpness", "UnifiedReward"],
     )
     assert UNIFIED_REWARD_NOTE in mine.notes
+    settings["benchmarks"]["x_one"]["title"] = "Mine"
+    alone = {**summary, "results": [result("x_one", "hpsv3", True), result("x_one", "hpsv2", True)]}
+    assert make_tables(alone)[0].header == ["model", "HPSv3", "HPSv2.1"]
     # A function of one's own that is called so is another reward.
     assert other.header == ["model", "sharpness", "unifiedreward"] and UNIFIED_REWARD_NOTE not in other.notes
 

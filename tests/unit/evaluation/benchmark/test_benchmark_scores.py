@@ -6,6 +6,7 @@ import json
 import pytest
 
 from tests.support.benchmark_world import PROMPTS, REWARDS, World, synthetic_results
+from tests.support.chat_server import LoopbackChat, with_probabilities
 from tests.support.space_app import BASE, SHAPES, TEACHERS
 from tests.support.tiny_geneval import save_tiny_models
 from trl_diffusion_opd.evaluation.benchmark.average import average, paper_table
@@ -88,6 +89,72 @@ def test_built_in_rewards_on_real_images(world, tmp_path):
     table = (world.folder / "built_in" / "table.md").read_text()
     assert "| model | GenEval | OCR |" in table and "| base | 0.667 | 0.000 |" in table and "Average" not in table
     assert "| base | 0.500 | – | – | 1.000 | – | – | 0.750 | 0.667 |" in table
+
+
+def test_geneval2_by_skill_and_by_atoms(world, tmp_path):
+    """A judge on a server, who is sure of objects and less so of all else; the published form of the prompts."""
+    rows = [
+        {
+            "prompt": "two green pigs",
+            "atom_count": 3,
+            "vqa_list": [
+                ["How many pigs are in the image?", "two"],
+                ["Are the pigs green?", "Yes"],
+                ["Are there any pigs in the image?", "Yes"],
+            ],
+            "skills": ["count", "attribute", "object"],
+        },
+        {
+            "prompt": "a cat behind five dogs",
+            "atom_count": 4,
+            "vqa_list": [["How many dogs are in the image?", "five"], ["Is the cat behind the dogs?", "Yes"]],
+            "skills": ["count", "position"],
+        },
+    ]
+    (tmp_path / "geneval2.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    down = []
+
+    def answer(number, body):
+        text = body["messages"][0]["content"][1]["text"]
+        if "behind" in text and down:
+            return 400
+        if text.startswith("How many"):
+            return with_probabilities({"Two": 0.36, "Five": 0.25, "Six": 0.1})
+        return with_probabilities({"Yes": 1.0} if "any" in text else {"No": 0.5, "Yes": 0.36})
+
+    arguments = {"loras": {}, "benchmarks": ["geneval2"], "prompts": {"geneval2": str(tmp_path / "geneval2.jsonl")}}
+    with LoopbackChat(answer) as server:
+        options = {"model_name_or_path": "judge", "base_url": server.url, "max_retries": 0}
+        arguments |= {"rewards": None, "reward_options": {"geneval2": options}}
+        down.append(True)
+        (result,) = world.evaluate("geneval2", **arguments)["results"]
+        assert (result["num_scored"], result["num_failed"], result["geneval2"]["atoms"].keys()) == (1, 1, {"3"})
+        down.clear()
+        summary = world.evaluate("geneval2", **arguments)
+        assert len(server.requests) == 5 + 2, "what was scored is not asked again"
+    (result,) = summary["results"]
+    gms = [(0.36 * 0.36 * 1) ** (1 / 3), (0.25 * 0.36) ** (1 / 2)]
+    assert result["value"] == result["mean"] == pytest.approx(sum(gms) / 2)
+    assert result["geneval2"]["gm"] == pytest.approx(sum(gms) / 2)
+    assert result["geneval2"]["am"] == pytest.approx((1.72 / 3 + 0.61 / 2) / 2)
+    skills = {"object": 1.0, "attribute": 0.36, "count": (0.36 + 0.25) / 2, "position": 0.36}
+    assert result["geneval2"]["skills"] == pytest.approx(skills)
+    assert result["geneval2"]["atoms"] == pytest.approx({"3": gms[0], "4": gms[1]})
+    folder = world.folder / "geneval2"
+    lines = (folder / "base" / "geneval2" / "geneval2.0.jsonl").read_text().split("\n")[1:]
+    assert [json.loads(line)["parts"] for line in lines] == [
+        pytest.approx([0.36, 0.36, 1.0]),
+        None,
+        pytest.approx([0.25, 0.36]),
+    ]
+    table = (folder / "table.md").read_text()
+    assert table.startswith(f"## GenEval 2\n\n| model | GenEval 2 |\n| --- | --- |\n| base | {sum(gms) / 2:.3f} |\n")
+    assert "| model | GM | AM | object | attribute | count | position |\n" in table
+    assert f"| base | {sum(gms) / 2:.3f} | 0.439 | 1.000 | 0.360 | 0.305 | 0.360 |\n" in table
+    assert f"| model | 3 | 4 |\n| --- | --- | --- |\n| base | {gms[0]:.3f} | 0.300 |\n" in table
+    assert "Published scores are 100 times these." in table
+    row = json.loads((folder / "metadata.jsonl").read_text().splitlines()[0])
+    assert row["geneval2"] == pytest.approx(gms[0]) and not {"vqa_list", "skills", "parts", "demands"} & row.keys()
 
 
 def test_shapes(world):
