@@ -494,7 +494,8 @@ def test_check_asks_for_objects_and_colors(tiny, monkeypatch, tmp_path, sees):
     if sees == "kites":  # a detector of random weights sees neither cats nor, here, dogs
         with torch.no_grad():
             reward.load().models["detector"].class_predictor.bias[CLASSES.index("dog")] = 0.0
-    (line,) = check.check_rewards([reward])
+    line, unpublished = check.check_rewards([reward])
+    assert unpublished.status == check.NONE_PUBLISHED
     assert (line.name, line.status, line.expected) == (
         "geneval",
         "differs",
@@ -517,7 +518,8 @@ def test_check_passes_if_all_three_are_right(tiny, monkeypatch, tmp_path, wrong)
     photo = tmp_path / "photo.png"
     Image.new("RGB", (64, 48), "blue").save(photo)
     monkeypatch.setattr(check, "CATS", photo.as_uri())
-    (line,) = check.check_rewards([Knowing(**tiny)])
+    line, unpublished = check.check_rewards([Knowing(**tiny)])
+    assert unpublished.status == check.NONE_PUBLISHED
     assert line.status == ("ok" if wrong is None else "differs")
 
 
