@@ -170,6 +170,14 @@ class LoraTrainer(PushMixin, _BaseTrainer):
             return
         super()._run_epoch(*args, **kwargs)
 
+    def end(self) -> None:
+        """Ends the communication of the processes. Nothing can be trained afterwards."""
+        # The data-parallel wrapper goes first: if it were the last to hold the process group, that would be destroyed with
+        # the GIL held, and wait for a thread that needs it, for ever.
+        self.model_wrapped = self.model
+        self.accelerator.free_memory()
+        self.accelerator.end_training()
+
     def check_end(self) -> None:
         """Raises an error if a run that has ended learned nothing for a reason that must not go unnoticed."""
 
