@@ -28,7 +28,7 @@ def main(folder: Path, batch_size: int) -> None:
         losses[name] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     if trainer.is_world_process_zero():
         (folder / "result.json").write_text(json.dumps({"processes": trainer.args.world_size, "losses": losses}))
-    trainer.end()
+    trainer.end_processes()
 
 
 if __name__ == "__main__":

@@ -36,4 +36,4 @@ if __name__ == "__main__":
             "processes": trainer.args.world_size,
         }
         (folder / "result.json").write_text(json.dumps(result))
-    trainer.end()
+    trainer.end_processes()

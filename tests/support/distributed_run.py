@@ -56,4 +56,4 @@ if __name__ == "__main__":
         logs = [entry for entry in trainer.state.log_history if "loss" in entry]
         result = {"logs": logs, "metrics": metrics, "reductions": reductions, "processes": trainer.args.world_size}
         (folder / "result.json").write_text(json.dumps(result))
-    trainer.end()
+    trainer.end_processes()

@@ -154,7 +154,7 @@ def main(
                 print(describe_plan(trainer), flush=True)
             if not script_args.dry_run:
                 _train_or_fail(trainer, script_args)
-        trainer.end()  # or a process may abort while it exits, its communication still running
+        trainer.end_processes()  # or a process may abort while it exits, its communication still running
 
 
 def _train_or_fail(trainer: DiffusionTrainer, script_args: ScriptArguments) -> None:

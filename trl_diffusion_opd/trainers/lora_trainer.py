@@ -170,7 +170,7 @@ class LoraTrainer(PushMixin, _BaseTrainer):
             return
         super()._run_epoch(*args, **kwargs)
 
-    def end(self) -> None:
+    def end_processes(self) -> None:
         """Ends the communication of the processes. Nothing can be trained afterwards."""
         # The data-parallel wrapper goes first: if it were the last to hold the process group, that would be destroyed with
         # the GIL held, and wait for a thread that needs it, for ever.
